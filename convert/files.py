@@ -1,0 +1,690 @@
+"""Reads and writes folders of safetensors, lazily and safely. Knows bytes, dtypes and names; knows no model and no jax.
+
+A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes end to end:
+
+    {"name": {"dtype": "BF16", "shape": [160, 32], "data_offsets": [0, 10240]}, ...}
+
+Files come from strangers: nothing a header says is believed before it agrees with the file's size, and nothing is
+allocated for a number that a file merely claims. Reading never uses mmap, so resident memory is what was asked for.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import reprlib
+import shutil
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+from gptoss_jax.errors import Unsupported, UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SHARD_NAME = "model-{number:05d}-of-{count:05d}.safetensors"
+
+Chunk: TypeAlias = bytes | bytearray | memoryview | np.ndarray
+
+_logger = logging.getLogger(__name__)
+
+# Every code of the format. Those without a NumPy dtype are listed in folders, and refused when read.
+_DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
+_UNREAD_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+}
+_BITS = {code: dtype.itemsize * 8 for code, dtype in _DTYPES.items()} | _UNREAD_BITS
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+_LARGEST_JSON = 100_000_000  # the format's own limit on a header; a released gpt-oss header has about 60 kB
+_LARGEST_SIZE = 2**63 - 1
+_MOST_AXES = 32  # what every NumPy can hold
+_ALIGNMENT = 64  # jax takes a NumPy array without a copy on CPU only from such an address
+_CHUNK = 1 << 20
+_WINDOW = 1 << 20  # scratch for strided reads
+_LARGEST_GAP = 8192  # reading over a gap costs less than a call into the kernel below about this many bytes
+
+_SHARD_PATTERN = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors", re.DOTALL)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@runtime_checkable
+class TensorSpec(Protocol):
+    """What `write_folder` has to know of a tensor before its first byte."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: `nbytes` bytes from `offset` on, checked to lie inside the file."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The NumPy dtype of `code`.
+
+        Raises:
+            Unsupported: the format has this dtype, NumPy does not.
+        """
+        if self.code not in _DTYPES:
+            raise Unsupported(
+                f"{self.file}: tensor {_spell(self.name)} has dtype {self.code}, which is not read; "
+                f"expected one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[self.code]
+
+
+class TensorFolder:
+    """The tensors of one safetensors file, or of a folder of them, by name. Threads may share it."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]):
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+
+    @classmethod
+    def open(cls, path: Path) -> "TensorFolder":
+        """Reads and checks every header under `path`: a folder, with or without an index, or a single file.
+
+        Raises:
+            UserError: there is nothing to read, or what there is contradicts itself.
+        """
+        with _reported(path, "read"):
+            if not path.exists():
+                raise UserError(f"{path}: no such file or folder; expected a checkpoint folder or a .safetensors file")
+            if not path.is_dir():
+                return cls(path, _headers([_only_safetensors(path)]))
+            names = frozenset(entry.name for entry in os.scandir(path))
+            if INDEX_NAME in names:
+                return cls(path, _indexed_tensors(path, names))
+            return cls(path, _headers(_loose_files(path, names)))
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor, or the box of it that `index` cuts out with one slice (of step 1) per leading axis.
+
+        Rows of whole trailing axes come with one read; other boxes run by run, over gaps of less than a few pages.
+        The array starts at a 64-byte boundary.
+        """
+        info = self._info(name)
+        box = _box(info, index)
+        out = aligned_empty(tuple(stop - start for start, stop in box), info.dtype)
+        if out.nbytes:
+            with _opened(info.file) as descriptor:
+                _read_box(descriptor, info, box, out.reshape(-1).view(np.uint8))
+        return out
+
+    def bytes_of(self, name: str, *, chunk: int = _CHUNK) -> Iterator[bytes]:
+        """The tensor's bytes as the file holds them, in pieces of at most `chunk`."""
+        info = self._info(name)
+        with _opened(info.file) as descriptor:
+            for start in range(0, info.nbytes, chunk):
+                piece = np.empty(min(chunk, info.nbytes - start), np.uint8)
+                _fill(descriptor, piece, offset=info.offset + start, file=info.file)
+                yield piece.tobytes()
+
+    def sha256(self, name: str, *, chunk: int = _CHUNK) -> str:
+        """The hexadecimal SHA-256 of the tensor's bytes."""
+        digest = hashlib.sha256()
+        for piece in self.bytes_of(name, chunk=chunk):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: tensor {_spell(name)} is missing; {len(self.tensors)} others are there")
+        return self.tensors[name]
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that starts at a 64-byte boundary."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+
+
+# --- what lies at a path ------------------------------------------------------------------------------------------
+
+
+def _only_safetensors(path: Path) -> Path:
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: expected a folder or a .safetensors file; no other format is read")
+    return path
+
+
+def _loose_files(folder: Path, names: frozenset[str]) -> list[Path]:
+    """All safetensors of a folder that has no index; numbered shards must be complete."""
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if not files:
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
+        if pickles:
+            raise UserError(
+                f"{folder}: has {_spell(pickles[0])} but no .safetensors file; pickled weights can run code and are "
+                "never read: save the model again as safetensors"
+            )
+        raise UserError(f"{folder}: expected {INDEX_NAME} or a .safetensors file, found neither")
+    for name in files:
+        _check_siblings(folder, name, names)
+    return [folder / name for name in files]
+
+
+def _check_siblings(folder: Path, name: str, names: frozenset[str]) -> None:
+    match = _SHARD_PATTERN.fullmatch(name)
+    if match is None:
+        return
+    pattern = re.compile(rf"{re.escape(match['stem'])}-\d{{1,9}}-of-{match['count']}\.safetensors")
+    found, expected = sum(1 for other in names if pattern.fullmatch(other)), int(match["count"])
+    if found != expected:
+        raise UserError(
+            f"{folder}: {_spell(name)} belongs to {expected} shards, {found} of them are there; "
+            "copy or download the folder again"
+        )
+
+
+def _indexed_tensors(folder: Path, names: frozenset[str]) -> dict[str, TensorInfo]:
+    """The tensors of a folder with an index, which must list exactly what its files hold."""
+    weight_map = _read_index(folder / INDEX_NAME)
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        _check_index_file(folder, file, names)
+    for name in sorted(names):
+        if name.endswith(".safetensors") and name not in files:
+            _logger.warning("%s: %s is not named by %s and is not read", folder, name, INDEX_NAME)
+    tensors = _headers([folder / file for file in files])
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise UserError(
+                f"{folder / INDEX_NAME}: says tensor {_spell(name)} is in {file}, which does not have it; "
+                "copy or download the folder again"
+            )
+        if tensors[name].file.name != file:
+            raise UserError(
+                f"{folder / INDEX_NAME}: says tensor {_spell(name)} is in {file}, "
+                f"it is in {tensors[name].file.name}; copy or download the folder again"
+            )
+    for name, info in tensors.items():
+        if name not in weight_map:
+            raise UserError(
+                f"{info.file}: holds tensor {_spell(name)}, which {INDEX_NAME} does not list; "
+                "copy or download the folder again"
+            )
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    with _opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > _LARGEST_JSON:
+            raise UserError(f"{path}: has {size:,} bytes; expected an index of at most {_LARGEST_JSON:,}")
+        text = np.empty(size, np.uint8)
+        _fill(descriptor, text, offset=0, file=path)
+    index = _parse_json(text.tobytes(), path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: weight_map is {_spell(weight_map)}; expected an object of tensor names to file names")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise UserError(f"{path}: tensor {_spell(name)} is in {_spell(file)}; expected the name of a file")
+    return weight_map
+
+
+def _check_index_file(folder: Path, file: str, names: frozenset[str]) -> None:
+    # Links are legitimate (Hugging Face's cache is made of them): it is the name that must not walk.
+    if "/" in file or "\\" in file or file in ("", ".", ".."):
+        raise UserError(
+            f"{folder / INDEX_NAME}: names the file {_spell(file)}, which points outside its folder; "
+            "expected plain file names: do not trust this checkpoint"
+        )
+    if not file.endswith(".safetensors"):
+        raise UserError(f"{folder / INDEX_NAME}: names the file {_spell(file)}; only .safetensors files are read")
+    if file not in names:
+        raise UserError(
+            f"{folder / INDEX_NAME}: names the file {_spell(file)}, which is missing; copy or download it again"
+        )
+
+
+# --- headers ------------------------------------------------------------------------------------------------------
+
+
+def _headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for info in _read_header(file):
+            if info.name in tensors:
+                raise UserError(
+                    f"{file}: holds tensor {_spell(info.name)}, which {tensors[info.name].file.name} also holds; "
+                    "expected every tensor once: remove the file that does not belong"
+                )
+            tensors[info.name] = info
+    return tensors
+
+
+def _read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of one file in the order of their bytes, which cover its data without hole or overlap."""
+    with _opened(file) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size < 8:
+            raise UserError(f"{file}: has {size} bytes; a safetensors file has at least 8: copy or download it again")
+        head = np.empty(8, np.uint8)
+        _fill(descriptor, head, offset=0, file=file)
+        (length,) = struct.unpack("<Q", head.tobytes())
+        if length > _LARGEST_JSON:
+            raise UserError(
+                f"{file}: says its header has {length:,} bytes, at most {_LARGEST_JSON:,} are allowed; "
+                "this is no safetensors file"
+            )
+        if 8 + length > size:
+            raise UserError(
+                f"{file}: says its header has {length:,} bytes, the file has {size:,}; copy or download it again"
+            )
+        header = np.empty(length, np.uint8)
+        _fill(descriptor, header, offset=8, file=file)
+    entries = _parse_json(header.tobytes(), file)
+    _check_metadata(file, entries.pop("__metadata__", None))
+    infos = [_tensor_info(file, name, entry, data=8 + length) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    _check_cover(file, infos, data=8 + length, size=size)
+    return infos
+
+
+def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
+    """A JSON object in which no key stands twice and every name is valid Unicode."""
+    if not text.startswith(b"{"):
+        raise UserError(f"{file}: expected a JSON object, found {_spell(text[:20])}; copy or download it again")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise UserError(f"{file}: has {_spell(twice)} twice; expected every name once")
+        for key in found:
+            key.encode()  # half of a surrogate pair is no character: UnicodeEncodeError is a ValueError
+        return found
+
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _shortened(str(error))
+        raise UserError(f"{file}: expected JSON, but {reason}; copy or download it again") from error
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _check_metadata(file: Path, metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"{file}: __metadata__ is {_spell(metadata)}; expected an object of strings")
+
+
+def _tensor_info(file: Path, name: str, entry: Any, *, data: int) -> TensorInfo:
+    where = f"{file}: tensor {_spell(name)}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{where} is {_spell(entry)}; expected exactly dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _BITS:
+        raise UserError(f"{where} has dtype {_spell(code)}; the format has {', '.join(_BITS)}")
+    if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_size(size) for size in shape):
+        raise UserError(f"{where} has shape {_spell(shape)}; expected at most {_MOST_AXES} sizes of 0 or more")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise UserError(f"{where} has data_offsets {_spell(offsets)}; expected two byte positions")
+    # Sizes of an empty tensor multiply to nothing, yet must fit NumPy, which refuses overflow in the others.
+    bits = math.prod(max(size, 1) for size in shape) * _BITS[code]
+    if bits // 8 > _LARGEST_SIZE:
+        raise UserError(f"{where} has shape {_spell(shape)}, which is more than {_LARGEST_SIZE} bytes")
+    bits = math.prod(shape) * _BITS[code]
+    start, stop = offsets
+    if bits % 8 or bits // 8 != stop - start:
+        raise UserError(
+            f"{where} has {stop - start:,} bytes; {code} of shape {_spell(shape)} takes {bits / 8:,.10g}: "
+            "copy or download the file again"
+        )
+    return TensorInfo(name=name, code=code, shape=tuple(shape), file=file, offset=data + start, nbytes=bits // 8)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_SIZE
+
+
+def _check_cover(file: Path, infos: Sequence[TensorInfo], *, data: int, size: int) -> None:
+    end = data
+    for info in infos:
+        if info.offset != end:
+            what = "overlaps the one before it" if info.offset < end else "leaves a hole before it"
+            raise UserError(
+                f"{file}: tensor {_spell(info.name)} starts at byte {info.offset:,} and {what}, which ends at "
+                f"{end:,}; copy or download the file again"
+            )
+        end += info.nbytes
+    if end != size:
+        what = "it is truncated" if end > size else "something is appended"
+        raise UserError(
+            f"{file}: its header describes {end:,} bytes, the file has {size:,}: {what}; copy or download it again"
+        )
+
+
+# --- reading bytes ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    with _reported(file, "read"):
+        if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for its other end
+            raise UserError(f"{file}: expected a regular file, found something else")
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _reported(path: Path, action: str) -> Iterator[None]:
+    """What the operating system refuses is a user's matter too: a missing right, a full disk, a file for a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be {action}: {error.strerror or error}") from error
+
+
+def _fill(descriptor: int, buffer: np.ndarray, *, offset: int, file: Path) -> None:
+    """Reads exactly the contiguous buffer's bytes from `offset` on; positional, so that threads need no lock."""
+    view, done = memoryview(buffer).cast("B") if buffer.nbytes else memoryview(b""), 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise UserError(
+                f"{file}: ends at byte {offset + done:,}, expected {offset + len(view):,}: it shrank while being read"
+            )
+        done += count
+
+
+def _box(info: TensorInfo, index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
+    """(start, stop) for every axis of the tensor."""
+    index = index or ()
+    if len(index) > len(info.shape):
+        raise ValueError(f"{len(index)} slices for tensor {info.name!r} of shape {info.shape}")
+    box = [(0, size) for size in info.shape]
+    for axis, cut in enumerate(index):
+        start = 0 if cut.start is None else cut.start
+        stop = info.shape[axis] if cut.stop is None else cut.stop
+        if cut.step not in (None, 1) or not 0 <= start <= stop <= info.shape[axis]:
+            raise ValueError(f"{cut} on axis {axis} of tensor {info.name!r} of shape {info.shape}: not a range inside")
+        box[axis] = (start, stop)
+    return box
+
+
+def _read_box(descriptor: int, info: TensorInfo, box: list[tuple[int, int]], out: np.ndarray) -> None:
+    """Fills the flat byte buffer `out` with the box.
+
+    The last cut axis and all whole axes behind it make runs of adjacent bytes; the axis before it repeats the run at
+    an even pitch; the axes before those are looped over:
+
+        file   |..RRRR..|..RRRR..|..RRRR..|    R a run; |......| a pitch
+    """
+    cut = max((axis for axis, size in enumerate(info.shape) if box[axis] != (0, size)), default=0)
+    inner = info.dtype.itemsize * math.prod(info.shape[cut + 1 :])
+    strides = [inner * math.prod(info.shape[axis + 1 : cut + 1]) for axis in range(cut + 1)]
+    start, stop = box[cut] if info.shape else (0, 1)
+    run = (stop - start) * inner
+    first_row, last_row = box[cut - 1] if cut else (0, 1)
+    pitch = strides[cut - 1] if cut else run
+    rows = out.reshape(-1, last_row - first_row, run)
+    outer_axes = range(max(cut - 1, 0))
+    for target, position in zip(rows, itertools.product(*(range(*box[axis]) for axis in outer_axes)), strict=True):
+        offset = sum(at * strides[axis] for axis, at in zip(outer_axes, position, strict=True))
+        offset += info.offset + first_row * pitch + start * inner
+        _read_rows(descriptor, target, offset=offset, pitch=pitch, file=info.file)
+
+
+def _read_rows(descriptor: int, target: np.ndarray, *, offset: int, pitch: int, file: Path) -> None:
+    """Fills target[rows, run] with runs that lie `pitch` bytes apart in the file."""
+    rows, run = target.shape
+    if rows == 1 or pitch - run > _LARGEST_GAP or pitch > _WINDOW:
+        for row in range(rows):
+            _fill(descriptor, target[row], offset=offset + row * pitch, file=file)
+        return
+    step = _WINDOW // pitch
+    window = np.empty(step * pitch, np.uint8)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        # The last row's gap may lie behind the end of the file.
+        _fill(descriptor, window[: count * pitch - (pitch - run)], offset=offset + row * pitch, file=file)
+        target[row : row + count] = window[: count * pitch].reshape(count, pitch)[:, :run]
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shard:
+    file: str
+    header: bytes
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(_nbytes(tensor) for tensor in self.tensors)
+
+
+def write_folder(
+    folder: Path,
+    tensors: Sequence[TensorSpec],
+    chunks: Callable[[str], Iterable[Chunk]],
+    *,
+    max_shard_bytes: int | None = None,
+    single_name: str = SINGLE_NAME,
+    shard_name: str = SHARD_NAME,
+    index: bool = True,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
+    """Writes the tensors, asking `chunks(name)` for the bytes of one after the other; memory is that of a chunk.
+
+    More than `max_shard_bytes` of tensors are cut into files named by `shard_name`, with an index if `index` is set.
+    `beside` holds small files that belong to the folder (config.json), complete before the weights are.
+    Every file has another name until all of them are complete, and the index comes last: a folder that a crash left
+    behind is never taken for a whole one, and the same call may use it again.
+
+    Raises:
+        UserError: the folder has something in it, or the disk has no room or refuses.
+    """
+    shards = _plan_shards(tensors, max_shard_bytes, single_name, shard_name, dict(metadata))
+    small = dict(beside)
+    if index and len(shards) > 1:
+        small[INDEX_NAME] = _index_json(shards)
+    created = not folder.exists()
+    prepare_folder(folder, nbytes=sum(shard.nbytes for shard in shards) + sum(len(text) for text in small.values()))
+    try:
+        with _reported(folder, "written"):
+            for name in beside:
+                _write_file(folder / _partial(name), [small[name]])
+            for shard in shards:
+                _write_file(folder / _partial(shard.file), _shard_bytes(shard, chunks))
+            if INDEX_NAME in small:
+                _write_file(folder / _partial(INDEX_NAME), [small[INDEX_NAME]])
+            for name in (*beside, *(shard.file for shard in shards), *(small.keys() - beside.keys())):
+                os.replace(folder / _partial(name), folder / name)
+            _sync_folder(folder)
+    except BaseException:
+        _remove_partials(folder, created=created)
+        raise
+
+
+def prepare_folder(folder: Path, *, nbytes: int) -> None:
+    """Makes an empty folder on a disk that has room for `nbytes`.
+
+    Raises:
+        UserError: something is in the folder (unfinished files of an earlier run aside), or there is no room.
+    """
+    with _reported(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(name for name in os.listdir(folder) if not name.endswith(_partial("")))
+        if found:
+            raise UserError(
+                f"{folder}: expected a new or empty folder, found {_spell(found[0])} in it; "
+                "name another destination or remove it"
+            )
+        _remove_partials(folder, created=False)
+        free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise UserError(f"{folder}: needs {nbytes:,} bytes, its disk has {free:,} free; make room or name another")
+
+
+def _plan_shards(
+    tensors: Sequence[TensorSpec],
+    max_shard_bytes: int | None,
+    single_name: str,
+    shard_name: str,
+    metadata: dict[str, str],
+) -> list[_Shard]:
+    """Cuts the tensors, in their order, where the next one would go over; a larger tensor is alone in its file."""
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise ValueError("every tensor must have a name of its own")
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and max_shard_bytes is not None and size + _nbytes(tensor) > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += _nbytes(tensor)
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        # Wide elements first: the format allows no padding between tensors, and this keeps each of them aligned.
+        ordered = tuple(sorted(group, key=lambda tensor: -tensor.dtype.itemsize))
+        file = single_name if len(groups) == 1 else shard_name.format(number=number, count=len(groups))
+        shards.append(_Shard(file=file, header=_header(ordered, metadata), tensors=ordered))
+    return shards
+
+
+def _header(tensors: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + _nbytes(tensor)
+        entries[tensor.name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _index_json(shards: Sequence[_Shard]) -> bytes:
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total = sum(_nbytes(tensor) for shard in shards for tensor in shard.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _shard_bytes(shard: _Shard, chunks: Callable[[str], Iterable[Chunk]]) -> Iterator[Chunk]:
+    yield shard.header
+    for tensor in shard.tensors:
+        expected, found = _nbytes(tensor), 0
+        for chunk in chunks(tensor.name):
+            found += memoryview(chunk).nbytes
+            if found > expected:
+                break
+            yield chunk
+        if found != expected:
+            raise ValueError(f"tensor {tensor.name!r} was declared with {expected:,} bytes, its chunks have {found:,}")
+
+
+def _write_file(path: Path, chunks: Iterable[Chunk]) -> None:
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new names last a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_partials(folder: Path, *, created: bool) -> None:
+    for name in os.listdir(folder):
+        if name.endswith(_partial("")):
+            os.unlink(folder / name)
+    if created:
+        with contextlib.suppress(OSError):  # renamed files are complete and stay
+            folder.rmdir()
+
+
+def _partial(name: str) -> str:
+    return f"{name}.partial"
+
+
+def _nbytes(tensor: TensorSpec) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _spell(value: Any) -> str:
+    """A value from a file for a message: of any size and depth there, short here."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"

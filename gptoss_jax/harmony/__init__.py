@@ -1,0 +1,1 @@
+"""Text and ids: the tokenizer and the harmony format. Knows no model and no jax."""

@@ -1,0 +1,99 @@
+"""The KV cache: a ring of window size for sliding layers, full length for the others. Knows positions; knows no weights.
+
+    ring of a sliding layer, window 4, after 6 tokens      what `extend` hands to attention for 3 more tokens
+
+      slot      0   1   2   3                                index      0   1   2   3 | 4   5   6
+      position  4   5   2   3                                position   2   3   4   5 | 6   7   8
+                                                                        from the ring | this call's
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.model.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullCache:
+    """Keys and values of every position; slot = position."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+    def extend(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        length: Int[Array, " B"],
+        count: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], "FullCache"]:
+        """Writes the first `count` of the T tokens behind the `length` cached ones; all slots are to be attended to."""
+        t = jnp.arange(k.shape[1])
+        slots = jnp.where(t < count[:, None], length[:, None] + t, self.k.shape[1])
+        grown = FullCache(_write(self.k, slots, k), _write(self.v, slots, v))
+        return grown.k, grown.v, grown
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingCache:
+    """Keys and values of the last `window` positions; slot = position modulo window."""
+
+    k: Float[Array, "B W K H"]
+    v: Float[Array, "B W K H"]
+
+    def extend(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        *,
+        length: Int[Array, " B"],
+        count: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B W+T K H"], Float[Array, "B W+T K H"], "RingCache"]:
+        """Returns the window before `length` followed by the T tokens, and the ring after the first `count` of them.
+
+        Index i of the result is position length - window + i, negative where nothing was yet.
+        """
+        window = self.k.shape[1]
+        order = (length[:, None] + jnp.arange(window)) % window  # oldest first
+        past_k = jnp.take_along_axis(self.k, order[:, :, None, None], axis=1)
+        past_v = jnp.take_along_axis(self.v, order[:, :, None, None], axis=1)
+        t = jnp.arange(k.shape[1])
+        # Of a long chunk only the last `window` tokens stay; were earlier ones written too, slots would collide.
+        stays = (t < count[:, None]) & (t >= count[:, None] - window)
+        slots = jnp.where(stays, (length[:, None] + t) % window, window)
+        grown = RingCache(_write(self.k, slots, k), _write(self.v, slots, v))
+        return jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1), grown
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """One layer cache per layer, and how many tokens each row has in them."""
+
+    layers: tuple[FullCache | RingCache, ...]
+    length: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, *, rows: int, capacity: int, dtype: DTypeLike) -> "Cache":
+        """Room for `capacity` tokens in each of `rows` rows. Writing past the capacity loses tokens: callers count."""
+
+        def layer(kind: str) -> FullCache | RingCache:
+            slots = config.sliding_window if kind == "sliding" else capacity
+            shape = (rows, slots, config.num_kv_heads, config.head_dim)
+            zeros = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)  # two buffers: each is donated by itself
+            return RingCache(*zeros) if kind == "sliding" else FullCache(*zeros)
+
+        return cls(tuple(layer(kind) for kind in config.layer_kinds), jnp.zeros(rows, jnp.int32))
+
+
+def _write(buffer: Array, slots: Int[Array, "B T"], values: Array) -> Array:
+    """buffer[b, slots[b, t]] = values[b, t]; a slot past the end is dropped."""
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, slots].set(values.astype(buffer.dtype), mode="drop")

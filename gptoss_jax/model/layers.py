@@ -1,0 +1,100 @@
+"""The small layers: a declared parameter, linear maps, RMSNorm, embedding. Knows logical axes; knows no mesh and no model."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+Axes = tuple[str | None, ...]
+Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+
+
+def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, init: Init) -> nnx.Param:
+    """The one place where a parameter comes to be; its logical axes, one per dimension, travel with it as metadata.
+
+    sharding.py turns the axes into a place on a mesh, convert/names.py finds the parameter by its path.
+    """
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+
+
+def fan_in(size: int) -> Init:
+    """Normal with variance 1/size, so that the output of a sum over `size` terms is of order one."""
+    return nnx.initializers.normal(stddev=size**-0.5)
+
+
+def contract(
+    x: Float[Array, "..."], weight: Float[Array, "..."], *, inputs: int, precise: bool = False
+) -> Float[Array, "..."]:
+    """Sums over the last `inputs` axes of both: x [*rows, *inputs], weight [*outputs, *inputs] -> float32 [*rows, *outputs].
+
+    Accumulates in float32. `precise` keeps float32 operands whole on accelerators that would round them to bfloat16.
+    """
+    axes = tuple(range(-inputs, 0))
+    return jnp.tensordot(
+        x,
+        weight,
+        axes=(axes, axes),
+        precision=lax.Precision.HIGHEST if precise or x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """weight · x + bias, accumulated in float32. The weight lies [*outputs, *inputs], as released.
+
+    On a CPU a matrix-vector product reads [out, in] eighteen times as fast as [in, out].
+    """
+
+    def __init__(
+        self,
+        outputs: tuple[int, ...],
+        inputs: tuple[int, ...],
+        *,
+        axes: Axes,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+    ):
+        size = 1
+        for length in inputs:
+            size *= length
+        self.weight = declare(rngs, (*outputs, *inputs), axes, dtype=dtype, init=fan_in(size))
+        zeros = nnx.initializers.zeros_init()
+        self.bias = declare(rngs, outputs, axes[: len(outputs)], dtype=dtype, init=zeros) if use_bias else None
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: Float[Array, "..."], *, out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
+        """x [*rows, *inputs] -> [*rows, *outputs] in `out_dtype`, or in x's dtype."""
+        y = contract(x, self.weight[...], inputs=self.num_inputs)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype if out_dtype is None else out_dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32 and returned in x's dtype (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
+        self.scale = declare(rngs, (width,), ("width",), dtype=jnp.float32, init=nnx.initializers.ones_init())
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        x32 = x.astype(jnp.float32)  # the mean of squares needs more than bf16's 8 bits
+        rms = jnp.sqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 / rms * self.scale[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """One row of the table for each id."""
+
+    def __init__(self, vocab_size: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        axes = ("vocab", "width")
+        self.weight = declare(rngs, (vocab_size, width), axes, dtype=dtype, init=nnx.initializers.normal(1.0))
+
+    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        return self.weight[...][ids]

@@ -1,0 +1,51 @@
+"""What every test stands on: eight simulated CPU devices, shapes checked at each call, checkpoints written once."""
+
+import os
+from pathlib import Path
+
+# A callback of more than 128 KiB on each of 8 devices waits for ever when XLA's thread pool, sized by NPROC or else by
+# the machine's cores, has 8 threads or fewer. Read when jax starts its CPU backend; so is the platform, which may be
+# chosen from outside.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # here and not in the environment: commands that a test starts choose anew
+
+# Annotations are enforced in every module of ours, so this must come before the first of them is imported.
+# The tower lets an int stand where a float is asked for, as the type checker does.
+jaxtyping.install_import_hook("gptoss_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TINY in Hugging Face's layout, experts in MXFP4."""
+    return _write_tiny(tmp_path_factory, layout="hf", experts="mxfp4")
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TINY as `transformers` saves it after dequantising: the values of tiny_hf, experts in bf16."""
+    return _write_tiny(tmp_path_factory, layout="hf", experts="bf16")
+
+
+@pytest.fixture(scope="session")
+def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TINY in the layout of OpenAI's `original/` folder: the values of tiny_hf."""
+    return _write_tiny(tmp_path_factory, layout="original", experts="mxfp4")
+
+
+def _write_tiny(tmp_path_factory: pytest.TempPathFactory, *, layout: str, experts: str) -> Path:
+    from gptoss_jax.convert.synthetic import write_checkpoint
+    from tests.tiny import TINY
+
+    folder = tmp_path_factory.mktemp("checkpoints") / f"tiny_{layout}_{experts}"
+    write_checkpoint(folder, TINY, seed=0, layout=layout, experts=experts)
+    return folder
