@@ -44,7 +44,8 @@ class MeshShape:
             axis, _, size = word.partition("=")
             axis = axis.strip()
             if axis not in MESH_AXES:
-                raise UserError(f"mesh {text!r} names axis {axis!r}; expected {', '.join(MESH_AXES)}, as in expert=4,tensor=2")
+                known = ", ".join(MESH_AXES)
+                raise UserError(f"mesh {text!r} names axis {axis!r}; expected {known}, as in expert=4,tensor=2")
             if axis in sizes:
                 raise UserError(f"mesh {text!r} names axis {axis!r} twice; name it once")
             if not size.strip().isdecimal() or int(size) < 1:
@@ -114,7 +115,7 @@ def row_axis(num_rows: int, mesh: Mesh) -> str | None:
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
-    """Lays an activation or a cache out as the table says, its first axis being rows; without a mesh nothing happens."""
+    """Lays out an activation or a cache as the table says; its first axis is rows. Without a mesh nothing happens."""
     if mesh is None:
         return x
     spec = partition((None, *axes[1:]))

@@ -121,7 +121,8 @@ def attention(
     for start in range(0, num_tokens, QUERIES_AT_ONCE):
         queries = slice(start, min(start + QUERIES_AT_ONCE, num_tokens))
         position = first_query + np.arange(queries.start, queries.stop)[:, None]
-        key_position = np.arange(position[-1, 0] + 1)  # later keys are in no query's sight
+        first_key = 0 if window is None else max(0, position[0, 0] - window + 1)
+        key_position = np.arange(first_key, position[-1, 0] + 1)  # other keys are in no query's sight
         age = position - key_position
         seen = age >= 0 if window is None else (age >= 0) & (age < window)
         scores = q[:, :, queries] @ k[:, :, key_position].swapaxes(2, 3) / np.sqrt(q.shape[-1])

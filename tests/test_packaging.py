@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module", params=["with the links", "without the links"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The names in a wheel built from a copy of the tree, as git checks it out where links can be had, and where not."""
+    """The names in a wheel built from a copy of the tree, as git checks it out with links or without."""
     tree = tmp_path_factory.mktemp("packaging")
     for folder in ("gptoss_jax", "convert", "configs"):
         ignore = shutil.ignore_patterns("__pycache__")

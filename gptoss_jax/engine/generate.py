@@ -32,8 +32,8 @@ def generate(
 ) -> Iterator[int]:
     """Yields up to `max_new_tokens` ids after the prompt; a stop id is yielded too, as the last.
 
-    The prompt is fed in chunks, then each step feeds the id just sampled. At most two steps are compiled, one for chunks
-    and one for single ids; temperature, top_k and top_p are arguments of the step, not part of it.
+    The prompt is fed in chunks, then each step feeds the id just sampled. At most two steps are compiled, one for
+    chunks and one for single ids; temperature, top_k and top_p are arguments of the step, not part of it.
 
     Raises:
         UserError: an empty prompt, an id outside the vocabulary, more tokens than the model's context, or a sampling
@@ -82,7 +82,7 @@ def step(
     key: Key[Array, ""],
     settings: tuple[Array, Array, Array],
 ) -> tuple[Int[Array, " B"], Cache]:
-    """Feeds `count` of the tokens of each row and samples the id that follows the last of them. The cache is consumed."""
+    """Feeds `count` of the tokens of each row, samples the id that follows the last of them, consumes the cache."""
     model = nnx.merge(graph, parameters)
     hidden, cache = model.extend(tokens, cache, count=count)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
@@ -106,7 +106,9 @@ def _check_prompt(model: GptOss, prompt_ids: Sequence[int], max_new_tokens: int)
         raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     outside = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
     if outside:
-        raise UserError(f"the prompt holds id {outside[0]}; the model's vocabulary has ids 0 to {config.vocab_size - 1}")
+        raise UserError(
+            f"the prompt holds id {outside[0]}; expected 0 to {config.vocab_size - 1}, the model's vocabulary"
+        )
     if len(prompt_ids) + max_new_tokens > config.max_context:
         raise UserError(
             f"{len(prompt_ids)} prompt ids and {max_new_tokens} new ones are {len(prompt_ids) + max_new_tokens}; "

@@ -33,7 +33,8 @@ def sample(
         key: consumed; give a new one to each call.
         temperature: 0 takes the best id, ties to the lower id.
         top_k: only the k best ids, 0 for all.
-        top_p: only the best ids whose probabilities (at this temperature) add up to top_p, the one that crosses it included.
+        top_p: only the best ids whose probabilities (at this temperature) add up to top_p, the one that crosses it
+            included.
     """
 
     def draw() -> Int[Array, " B"]:

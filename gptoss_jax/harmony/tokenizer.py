@@ -1,7 +1,6 @@
 """Text <-> ids: a tiktoken.Encoding built from a checkpoint's own tokenizer.json. Knows no model and no jax."""
 
 import base64
-import binascii
 import codecs
 import hashlib
 import json
@@ -76,10 +75,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text` as ordinary text: "<|end|>" in it is seven characters like any others."""
         # Python's \s holds everything that the pattern's does, so no run that could panic slips through.
-        if len(text) >= _LONGEST_WHITESPACE and _longest_whitespace(text) >= _LONGEST_WHITESPACE:
+        longest = _longest_whitespace(text) if len(text) > _LONGEST_WHITESPACE else 0
+        if longest > _LONGEST_WHITESPACE:
             raise UserError(
-                f"text holds a run of {_longest_whitespace(text)} whitespace characters, "
-                f"expected fewer than {_LONGEST_WHITESPACE}; shorten the run"
+                f"text: expected at most {_LONGEST_WHITESPACE} whitespace characters in a row, "
+                f"found {longest}; shorten the run"
             )
         return self._encoding.encode_ordinary(text)
 
@@ -88,7 +88,7 @@ class Tokenizer:
         if name not in self._specials:
             raise UserError(
                 f"special token {shown(name)}: expected one of the {len(self._specials)} that this tokenizer has, "
-                f"found no such name; the checkpoint needs the tokenizer.json of a gpt-oss release"
+                "found no such name; the checkpoint needs the tokenizer.json of a gpt-oss release"
             )
         return self._specials[name]
 
@@ -133,9 +133,7 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is left of an unfinished character, as U+FFFD. The decoder is then ready for a new text."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(folder: Path | None, *, cache_dir: Path | None = None) -> Tokenizer:
@@ -245,23 +243,19 @@ def _read_specials(path: Path, added_tokens: Any) -> dict[str, int]:
     for i, entry in enumerate(_expect(path, "added_tokens", added_tokens, list)):
         entry = _expect(path, f"added_tokens[{i}]", entry, dict)
         name = _expect(path, f"added_tokens[{i}].content", entry.get("content"), str)
-        token_id = entry.get("id")
-        if not _is_id(token_id):
-            raise _not_an_id(path, f"added_tokens[{i}].id", token_id)
+        _check_ids(path, f"added_tokens[{i}].id", [entry.get("id")])
         if not name or not name.isprintable():
             raise _broken(path, f"added_tokens[{i}].content: expected a printable name, found {shown(name)}")
         if name in specials:
             raise _broken(path, f"added_tokens[{i}]: expected each name once, found {shown(name)} again")
-        specials[name] = token_id
+        specials[name] = entry["id"]
     return specials
 
 
 def _read_vocab(path: Path, vocab: Any, specials: dict[str, int]) -> dict[str, int]:
     """model.vocab without the special tokens, which some files list there as well."""
     vocab = _expect(path, "model.vocab", vocab, dict)
-    odd = [token_id for token_id in vocab.values() if not _is_id(token_id)]
-    if odd:
-        raise _not_an_id(path, "model.vocab", odd[0])
+    _check_ids(path, "model.vocab", vocab.values())
     for name, token_id in specials.items():
         if vocab.get(name, token_id) != token_id:
             raise _broken(
@@ -391,7 +385,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 def _ranks_sha256(ranks: dict[bytes, int]) -> str:
     """The hash of the .tiktoken file that would hold these ranks: a line "base64(token) rank" for each, in order."""
     by_rank = sorted(ranks.items(), key=lambda item: item[1])
-    lines = (b"%b %d\n" % (binascii.b2a_base64(token, newline=False), rank) for token, rank in by_rank)
+    lines = (b"%b %d\n" % (base64.b64encode(token), rank) for token, rank in by_rank)
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
@@ -434,12 +428,10 @@ def _expect(path: Path, where: str, value: Any, kind: type[_T]) -> _T:
     return value
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31  # a bool is an int to isinstance; ids travel as int32
-
-
-def _not_an_id(path: Path, where: str, value: Any) -> UserError:
-    return _broken(path, f"{where}: expected an id from 0 to {2**31 - 1}, found {shown(value)}")
+def _check_ids(path: Path, where: str, ids: Iterable[Any]) -> None:
+    for value in ids:
+        if type(value) is not int or not 0 <= value < 2**31:  # a bool is an int to isinstance; ids travel as int32
+            raise _broken(path, f"{where}: expected an id from 0 to {2**31 - 1}, found {shown(value)}")
 
 
 def _broken(path: Path, what: str) -> UserError:

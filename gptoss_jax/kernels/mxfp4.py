@@ -8,7 +8,8 @@ OCP Microscaling Formats v1.0, sections 5.1 and 6.3.
 """
 
 import dataclasses
-from typing import Literal, get_args
+import functools
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,21 @@ CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 LARGEST_CODE = 6.0
 NAN_SCALE = 255
 
+_INF, _NAN = 0x7F800000, 0x7FC00000  # float32 bits
+
 ScaleRule = Literal["reuse", "even", "floor", "up"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MXFP4:
-    """A packed array. Its logical shape is that of the blocks, with the last two axes (C, 16) standing for 32 C values."""
+    """A packed array. The last two axes of the blocks, (C, 16), stand for 32 C values of its logical shape.
+
+    PEP 484's mark below keeps checkers off __init__ only: jax rebuilds a pytree with whatever its leaves became, which
+    in tree.map and eval_shape are no arrays.
+    """
+
+    __no_type_check__ = True
 
     blocks: UInt8[Array, "*rows C 16"] | UInt8[np.ndarray, "*rows C 16"]
     scales: UInt8[Array, "*rows C"] | UInt8[np.ndarray, "*rows C"]
@@ -44,7 +53,7 @@ class MXFP4:
     def nbytes(self) -> int:
         return self.blocks.nbytes + self.scales.nbytes
 
-    def __getitem__(self, index) -> "MXFP4":
+    def __getitem__(self, index: Any) -> "MXFP4":
         """Indexes leading axes; blocks stay whole."""
         return MXFP4(self.blocks[index], self.scales[index])
 
@@ -63,28 +72,40 @@ def decode(
     scales: UInt8[Array, "*rows C"] | UInt8[np.ndarray, "*rows C"],
     dtype: DTypeLike,
 ) -> Float[Array, "*rows K"]:
-    """Builds float32 bits with integers, so that no step flushes a denormal to zero (XLA's CPU arithmetic does).
-
-    The magnitude s.eem without its sign is three bits "eem"; shifted to bit 22 they are already the two low exponent bits
-    and the top mantissa bit of a float, and the scale is added to the exponent. Code 1 (0.5) is the one denormal of E2M1.
-    """
-    pair = jnp.stack([blocks & 0xF, blocks >> 4], axis=-1)  # low nibble first
-    code = pair.reshape(*scales.shape, BLOCK).astype(jnp.int32)
+    """Builds float32 bits with integers, so that no step flushes a denormal to zero, as XLA's CPU arithmetic does."""
+    nibbles = (blocks[..., None] >> jnp.array([0, 4], jnp.uint8)) & 0xF  # low nibble first
+    code = nibbles.reshape(*scales.shape, BLOCK).astype(jnp.int32)
     magnitude, sign = code & 7, (code & 8) << 28
     scale = scales.astype(jnp.int32)[..., None]
-    above = jnp.where(magnitude == 1, 0, magnitude << 22)  # 0.5 is 2^-1: no mantissa bit, one exponent less
-    bits = above + ((scale - 1) << 23)
-    # Exponents of 0 and less are float denormals, shifted out by hand; 255 and more are inf.
-    exponent = bits >> 23
-    significand = (bits & 0x7FFFFF) | 0x800000
-    bits = jnp.where(exponent <= 0, significand >> jnp.clip(1 - exponent, 0, 31), bits)
-    bits = jnp.where(exponent >= 255, 0x7F800000, bits)
-    bits = jnp.where(magnitude == 0, 0, bits)
-    bits = jnp.where(scale == NAN_SCALE, 0x7FC00000, bits | sign)
+    exponent = (magnitude >> 1) + scale - 1
+    mantissa = jnp.where(magnitude == 1, 0, (magnitude & 1) << 22)  # 0.5, E2M1's denormal, is 1.0 one exponent down
+    denormal = (mantissa | 1 << 23) >> jnp.clip(1 - exponent, 0, 2)
+    bits = jnp.where(exponent > 0, exponent << 23 | mantissa, denormal)
+    bits = jnp.where(exponent >= 255, _INF, bits)
+    bits = jnp.where(magnitude == 0, 0, bits) | sign
+    bits = jnp.where(scale == NAN_SCALE, _NAN, bits)
     values = bits.reshape(*scales.shape[:-1], scales.shape[-1] * BLOCK)
-    if jnp.dtype(dtype) == jnp.bfloat16:  # a narrowing of the bits, not of the value: nothing below bit 22 - 2 is set
+    if jnp.dtype(dtype) == jnp.bfloat16:  # the upper half of a float32, and nothing is set below
         return lax.bitcast_convert_type((values >> 16).astype(jnp.int16), jnp.bfloat16)
     return lax.bitcast_convert_type(values, jnp.float32).astype(dtype)
+
+
+def decode_on_host(
+    blocks: UInt8[np.ndarray, "*rows C 16"], scales: UInt8[np.ndarray, "*rows C"]
+) -> Float[np.ndarray, "*rows K"]:
+    """The bfloat16 values, from a table of all 256 scales x 256 bytes, in NumPy: no device has to hold them."""
+    pairs = _value_pairs()[scales[..., None].astype(np.uint16) << 8 | blocks]
+    return pairs.view(ml_dtypes.bfloat16).reshape(*scales.shape[:-1], -1)
+
+
+@functools.cache
+def _value_pairs() -> np.ndarray:
+    """For scale << 8 | byte the bfloat16 bits of both elements, the even one in the low half; exact in float64."""
+    with np.errstate(over="ignore"):  # past bfloat16's largest value is inf, as everywhere
+        values = np.ldexp(np.array(CODE_VALUES), np.arange(256)[:, None] - 127).astype(ml_dtypes.bfloat16)
+    values[NAN_SCALE] = np.nan
+    bits = values.view(np.uint16).astype(np.uint32)
+    return (bits[:, None, :] | bits[:, :, None] << 16).reshape(-1)
 
 
 def encode(
@@ -96,18 +117,19 @@ def encode(
     """Packs on the host. Codes round to nearest, ties to even, saturate at 6 and keep the sign of zero.
 
     The scale of a block with largest magnitude m, by `rule`:
-        reuse  the given `scales`: a decoded array comes back byte for byte
+        reuse  the given `scales`: a decoded array comes back byte for byte (past scale 252 it may hold inf: an error)
         floor  2^(floor(log2 m) - 2), the OCP rule; m may saturate
         even   the same after rounding m to one mantissa bit, ties to even: less saturates
         up     the smallest power of two with m <= 6 * scale: nothing saturates
 
     Raises:
-        UserError: NaN or inf, a last axis that is no multiple of 32, or scales missing or not wanted.
+        UserError: NaN or inf, a last axis that is no multiple of 32, or scales missing, not wanted or NaN (255).
     """
     if rule not in get_args(ScaleRule):
         raise UserError(f"scale rule {rule!r} is unknown; there are {', '.join(get_args(ScaleRule))}")
     if (rule == "reuse") != (scales is not None):
-        raise UserError(f"scale rule {rule!r} with scales={'given' if scales is not None else None}: only 'reuse' has them")
+        found = "none" if scales is None else "some"
+        raise UserError(f"scale rule {rule!r} was given {found} of the scales: 'reuse' needs them, no other rule does")
     if values.shape[-1] % BLOCK:
         raise UserError(f"the last axis is {values.shape[-1]}, no multiple of {BLOCK}: MXFP4 packs whole blocks")
     blocked = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, BLOCK)
@@ -118,7 +140,9 @@ def encode(
         scales = _scales(np.abs(blocked).max(axis=-1), rule)
     if scales.shape != blocked.shape[:-1]:
         raise UserError(f"scales have shape {scales.shape}, the blocks of the values need {blocked.shape[:-1]}")
-    scaled = np.ldexp(blocked, 127 - scales.astype(np.int32)[..., None])
+    refuse_nan_scales(scales, name="scales")
+    with np.errstate(over="ignore"):  # far past the largest code: inf saturates like anything else
+        scaled = np.ldexp(blocked, 127 - scales.astype(np.int32)[..., None])
     scaled = np.clip(scaled, -LARGEST_CODE, LARGEST_CODE)
     codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 0xF
     return MXFP4(codes[..., 0::2] | codes[..., 1::2] << 4, scales)

@@ -1,10 +1,13 @@
-"""The KV cache: a ring of window size for sliding layers, full length for the others. Knows positions; knows no weights.
+"""The KV cache: a ring of window size for sliding layers, full length for the others. Knows positions, no weights.
 
     ring of a sliding layer, window 4, after 6 tokens      what `extend` hands to attention for 3 more tokens
 
       slot      0   1   2   3                                index      0   1   2   3 | 4   5   6
       position  4   5   2   3                                position   2   3   4   5 | 6   7   8
                                                                         from the ring | this call's
+
+The mark `__no_type_check__` (PEP 484) keeps checkers off a class's __init__ only: jax rebuilds a pytree with whatever
+its leaves became, which in tree.map and eval_shape are no arrays.
 """
 
 import dataclasses
@@ -21,6 +24,8 @@ from gptoss_jax.model.config import ModelConfig
 @dataclasses.dataclass(frozen=True)
 class FullCache:
     """Keys and values of every position; slot = position."""
+
+    __no_type_check__ = True
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
@@ -44,6 +49,8 @@ class FullCache:
 @dataclasses.dataclass(frozen=True)
 class RingCache:
     """Keys and values of the last `window` positions; slot = position modulo window."""
+
+    __no_type_check__ = True
 
     k: Float[Array, "B W K H"]
     v: Float[Array, "B W K H"]
@@ -76,6 +83,8 @@ class RingCache:
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """One layer cache per layer, and how many tokens each row has in them."""
+
+    __no_type_check__ = True
 
     layers: tuple[FullCache | RingCache, ...]
     length: Int[Array, " B"]

@@ -1,7 +1,6 @@
 """The sizes of a gpt-oss model, from and to both released forms of config.json. Knows no arrays and no files."""
 
 import dataclasses
-import reprlib
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -281,12 +280,12 @@ def _hf_layer_kinds(config: Mapping[str, Any], num_layers: int) -> tuple[LayerKi
     if names is None:
         return alternating_layers(num_layers)
     if not isinstance(names, list) or len(names) != num_layers:
-        found = f"{len(names)} entries" if isinstance(names, list) else reprlib.repr(names)
+        found = f"{len(names)} entries" if isinstance(names, list) else _shown(names)
         raise UserError(f"config.json: layer_types has {found}, num_hidden_layers says {num_layers}: they must agree")
     for name in names:
         if not isinstance(name, str) or name not in _HF_LAYER_KINDS:
             known = " and ".join(map(repr, _HF_LAYER_KINDS))
-            raise UserError(f"config.json: layer_types holds {reprlib.repr(name)}; implemented are {known}")
+            raise UserError(f"config.json: layer_types holds {_shown(name)}; implemented are {known}")
     return tuple(_HF_LAYER_KINDS[name] for name in names)
 
 
@@ -300,13 +299,13 @@ def _hf_rope(config: Mapping[str, Any]) -> RopeConfig:
         context = _size(config, "max_position_embeddings")
         return RopeConfig(theta=theta, factor=1.0, original_context=context, beta_fast=32.0, beta_slow=1.0)
     if kind != "yarn":
-        raise UserError(f"config.json: rope_type is {reprlib.repr(kind)}; implemented are 'yarn' and 'default'")
+        raise UserError(f"config.json: rope_type is {_shown(kind)}; implemented are 'yarn' and 'default'")
     # transformers' default is to round the correction range; every gpt-oss says false, and so must the file.
     if rope.get("truncate", True) is not False:
         raise UserError("config.json: rope scaling has truncate=true (or none); gpt-oss is trained with truncate=false")
     for key in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.get(key) is not None:
-            found = reprlib.repr(rope[key])
+            found = _shown(rope[key])
             raise UserError(f"config.json: rope scaling has {key}={found}, which is not implemented; remove it")
     return RopeConfig(
         theta=theta,
@@ -338,7 +337,7 @@ def _hf_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(released.keys() & moved.keys()):
         if released[key] != moved[key]:
             raise UserError(
-                f"config.json: {key} is {reprlib.repr(released[key])} in one place and {reprlib.repr(moved[key])} in "
+                f"config.json: {key} is {_shown(released[key])} in one place and {_shown(moved[key])} in "
                 "rope_parameters; remove the wrong one"
             )
     return {**released, **moved}
@@ -347,12 +346,12 @@ def _hf_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other(config: Mapping[str, Any], key: str, implemented: tuple[Any, ...]) -> None:
     if key in config and config[key] not in implemented:
         known = " or ".join(map(repr, implemented))
-        raise UserError(f"config.json: {key} is {reprlib.repr(config[key])}; implemented is {known}")
+        raise UserError(f"config.json: {key} is {_shown(config[key])}; implemented is {known}")
 
 
 def _mapping(value: Any, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise UserError(f"config.json: {key} is {reprlib.repr(value)}; expected an object")
+        raise UserError(f"config.json: {key} is {_shown(value)}; expected an object")
     return value
 
 
@@ -368,7 +367,7 @@ def _size(config: Mapping[str, Any], key: str, *, most: int = _LARGEST_SIZE) -> 
 
 def _check_size(name: str, value: Any, *, most: int = _LARGEST_SIZE) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UserError(f"{name} is {reprlib.repr(value)}; expected an integer from 1 to {most}")
+        raise UserError(f"{name} is {_shown(value)}; expected an integer from 1 to {most}")
     return value
 
 
@@ -378,8 +377,14 @@ def _positive(config: Mapping[str, Any], key: str, *, default: float | None = No
     return _check_positive(f"config.json: {key}", config.get(key, default))
 
 
+def _shown(value: Any) -> str:
+    """The value as Python writes it, cut where it would bury the sentence around it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _check_positive(name: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= sys.float_info.max:  # NaN, infinity and JSON's endless integers fail here
-        raise UserError(f"{name} is {reprlib.repr(value)}; expected a positive number")
+        raise UserError(f"{name} is {_shown(value)}; expected a positive number")
     return float(value)

@@ -1,4 +1,4 @@
-"""The small layers: a declared parameter, linear maps, RMSNorm, embedding. Knows logical axes; knows no mesh and no model."""
+"""The small layers: a declared parameter, linear maps, RMSNorm, embedding. Knows logical axes, no mesh, no model."""
 
 from collections.abc import Callable
 
@@ -30,9 +30,10 @@ def fan_in(size: int) -> Init:
 def contract(
     x: Float[Array, "..."], weight: Float[Array, "..."], *, inputs: int, precise: bool = False
 ) -> Float[Array, "..."]:
-    """Sums over the last `inputs` axes of both: x [*rows, *inputs], weight [*outputs, *inputs] -> float32 [*rows, *outputs].
+    """Sums over the last `inputs` axes of both: x [*rows, *inputs], weight [*outputs, *inputs] -> [*rows, *outputs].
 
-    Accumulates in float32. `precise` keeps float32 operands whole on accelerators that would round them to bfloat16.
+    Accumulates in float32 and returns it. `precise` keeps float32 operands whole on accelerators that would round them
+    to bfloat16.
     """
     axes = tuple(range(-inputs, 0))
     return jnp.tensordot(

@@ -1,7 +1,8 @@
-"""The mixture of experts of one layer: router, dispatch, expert MLP. Knows the mesh axes of experts; knows no attention."""
+"""The mixture of experts of one layer: router, dispatch, expert MLP. Knows the experts' mesh axes, no attention."""
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.moe_matmul import moe_matmul
 from gptoss_jax.kernels.mxfp4 import BLOCK, MXFP4
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.layers import Axes, Linear, declare, fan_in
+from gptoss_jax.model.layers import Axes, Init, Linear, declare, fan_in
 from gptoss_jax.sharding import partition, row_axis
 
 SWIGLU_SLOPE = 1.702  # sigmoid(1.702 x) x approximates GELU; a constant of the trained models
@@ -44,7 +45,9 @@ class ExpertLinear(nnx.Module):
             self.weight = declare(rngs, (*rows, inputs), (*row_axes, input_axis), dtype=dtype, init=fan_in(inputs))
             return
         if inputs % BLOCK:
-            raise UserError(f"{input_axis}={inputs} is no multiple of {BLOCK}: MXFP4 packs whole blocks; use bf16 experts")
+            raise UserError(
+                f"{input_axis}={inputs} is no multiple of {BLOCK}: MXFP4 packs whole blocks; use bf16 experts"
+            )
         block_axes = (*row_axes, f"{input_axis}_blocks")
         shape = (*rows, inputs // BLOCK)
         self.blocks = declare(rngs, (*shape, BLOCK // 2), (*block_axes, None), dtype=jnp.uint8, init=_random_codes)
@@ -79,16 +82,14 @@ class MoE(nnx.Module):
         return _on_mesh(mix, self.mesh, num_rows=x.shape[0])(x, chosen, weights, *arguments)
 
 
-def route(
-    logits: Float[Array, "B T E"], experts_per_token: int
-) -> tuple[Int[Array, "B T X"], Float[Array, "B T X"]]:
+def route(logits: Float[Array, "B T E"], experts_per_token: int) -> tuple[Int[Array, "B T X"], Float[Array, "B T X"]]:
     """The best experts of each token, and the softmax over their logits only (after the choice, not before)."""
     best, chosen = lax.top_k(logits, experts_per_token)
     return chosen, jax.nn.softmax(best, axis=-1)
 
 
 def swiglu(gate_up: Float[Array, "M F 2"], limit: float) -> Float[Array, "M F"]:
-    """gate sigmoid(1.702 gate) (up + 1), gate at most `limit`, up within ± `limit`; gate and up alternate in the release."""
+    """gate sigmoid(1.702 gate) (up + 1), gate at most `limit`, up within ± `limit`; in the release they alternate."""
     gate = jnp.minimum(gate_up[..., 0], limit)
     up = jnp.clip(gate_up[..., 1], -limit, limit)
     return gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
@@ -129,15 +130,15 @@ def mix_experts(
     return jnp.einsum("btx,btxd->btd", weights, by_visit).astype(x.dtype)
 
 
-def _on_mesh(mix, mesh: Mesh, *, num_rows: int):
-    """`mix` where every device takes its rows to its own experts and width, and one sum over both brings them together."""
+def _on_mesh(mix: Callable[..., Array], mesh: Mesh, *, num_rows: int) -> Callable[..., Array]:
+    """`mix` where each device takes its rows to its own experts and width; one sum over both brings them together."""
     rows = P(row_axis(num_rows, mesh))
 
-    def local(x, chosen, weights, gate_up, gate_up_bias, down, down_bias):
-        first = lax.axis_index("expert") * gate_up_bias.shape[0]
+    def local(x: Array, chosen: Array, weights: Array, *experts: MXFP4 | Array) -> Array:
+        down_bias = experts[-1]
+        first = lax.axis_index("expert") * down_bias.shape[0]
         first_width_shard = lax.axis_index("tensor") == 0
-        arguments = (x, chosen, weights, gate_up, gate_up_bias, down, down_bias)
-        out = mix(*arguments, first_expert=first, adds_down_bias=first_width_shard)
+        out = mix(x, chosen, weights, *experts, first_expert=first, adds_down_bias=first_width_shard)
         return lax.psum(out.astype(jnp.float32), ("expert", "tensor")).astype(x.dtype)
 
     gate_up, down = partition(("experts", "expert_width")), partition(("experts", None, "expert_width"))
@@ -158,7 +159,7 @@ def _random_codes(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> j
     return jax.random.bits(key, shape, dtype)
 
 
-def _scales_for(inputs: int):
+def _scales_for(inputs: int) -> Init:
     """The scale at which random codes, whose root mean square is 2.9, have variance of about 1/inputs."""
     exponent = round(-math.log2(2.9 * inputs**0.5))
     return nnx.initializers.constant(127 + exponent)

@@ -13,8 +13,8 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per position for each pair of dimensions, float64 [head_dim / 2].
 
     YaRN (arXiv:2309.00071, section 3.2) keeps the fast pairs, divides the slow ones by `factor`, and ramps between.
-    The ramp's ends are real numbers: rounding them (low 8.0928 -> 8, high 17.398 -> 18 for head_dim 64) is `truncate: true`,
-    which gpt-oss was not trained with; it shows only past `original_context`.
+    The ramp's ends are real numbers: rounding them (low 8.0928 -> 8, high 17.398 -> 18 for head_dim 64) is
+    `truncate: true`, which gpt-oss was not trained with; it shows only past `original_context`.
     """
     pairs = head_dim // 2
     fast = rope.theta ** -(np.arange(pairs, dtype=np.float64) / pairs)

@@ -1,6 +1,6 @@
-"""The gpt-oss model, top to bottom: embedding, layers of attention and experts, logits. Knows no tokenizer and no files.
+"""The gpt-oss model, top to bottom: embedding, layers of attention and experts, logits. Knows no tokenizer, no files.
 
-    ids ─► embedding ─► 24|36 × ( + attention(norm(x)) ; + experts(norm(x)) ) ─► norm ─► unembedding ─► logits
+ids ─► embedding ─► 24|36 × ( + attention(norm(x)) ; + experts(norm(x)) ) ─► norm ─► unembedding ─► logits
 """
 
 import functools

@@ -94,7 +94,7 @@ def test_cut_short(folder, valid, data):
     assert not loads_or_user_error(folder, content[: data.draw(st.integers(0, len(content) - 1))])
 
 
-@settings(max_examples=1_000)  # a hundred places, removed or given any of ten kinds of value
+@settings(max_examples=500)  # a hundred places, removed or given any of ten kinds of value
 @given(st.data())
 def test_one_place_replaced_or_removed(folder, valid, data):
     content = copy.deepcopy(valid)

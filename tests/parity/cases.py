@@ -99,6 +99,7 @@ CASES = (
         ),
         prompt_length=200,
         positions=tuple(range(200)),
+        seed=1,
     ),
     # The release's window and its 32 experts with 4 active; the prompt runs past the window and far past YaRN's
     # original context, which is 256 here.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import gptoss_jax
+from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.config import ModelConfig, RopeConfig
 from gptoss_jax.model.rope import rotate
 from tests import oracle
@@ -310,12 +312,18 @@ def fed(model: gptoss_jax.GptOss, tokens: np.ndarray, feeding: str) -> np.ndarra
     if feeding == "whole":
         return logits(model, tokens)
     rows, num_tokens = tokens.shape
-    cache = model.empty_cache(rows=rows, capacity=num_tokens)
-    step = nnx.jit(lambda model, token, cache: model.extend(token, cache, count=jnp.ones(rows, jnp.int32)))
-    pieces = []
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    def step(parameters: nnx.State, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        model = nnx.merge(graph, parameters)
+        hidden, cache = model.extend(token, cache, count=jnp.ones(rows, jnp.int32))
+        return model.logits(hidden), cache
+
+    cache, pieces = model.empty_cache(rows=rows, capacity=num_tokens), []
     for t in range(num_tokens):
-        hidden, cache = step(model, jnp.asarray(tokens[:, t : t + 1]), cache)
-        pieces.append(np.asarray(model.logits(hidden)))
+        piece, cache = step(parameters, jnp.asarray(tokens[:, t : t + 1]), cache)
+        pieces.append(np.asarray(piece))
     return np.concatenate(pieces, axis=1)
 
 

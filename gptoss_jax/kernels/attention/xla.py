@@ -10,6 +10,8 @@ Queries are taken in blocks, so that the scores of one block, not [T, S] of them
       query 5  x x x x x x                     query 2  . . . x | x x x
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,7 +29,7 @@ def full(
     *,
     first_query: Int[Array, " B"],
 ) -> Float[Array, "B T N H"]:
-    """Query t of row b stands at position first_query[b] + t and sees the keys 0 .. that position. Softmax in float32."""
+    """Query t of row b stands at position first_query[b] + t and sees the keys up to there. Softmax in float32."""
     rows, num_queries, heads, _ = q.shape
     key_positions = jnp.arange(k.shape[1])
 
@@ -40,14 +42,14 @@ def full(
 
 def sliding(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B W+T K H"],
-    v: Float[Array, "B W+T K H"],
+    k: Float[Array, "B {window}+T K H"],
+    v: Float[Array, "B {window}+T K H"],
     sinks: Float[Array, " N"],
     *,
     first_query: Int[Array, " B"],
     window: int,
 ) -> Float[Array, "B T N H"]:
-    """Query t sees `window` keys, its own included; the keys are the `window` positions before the first query, then T."""
+    """Query t sees `window` keys, its own included. The keys: the `window` positions before the first query, then T."""
     rows, num_queries, heads, _ = q.shape
     size = _block_size(rows * heads * (window + _MOST_QUERIES), num_queries)
     num_keys = min(size, num_queries) + window
@@ -98,7 +100,7 @@ def _block_size(scores_per_query: int, num_queries: int) -> int:
     return 1 << (fits.bit_length() - 1) if fits < num_queries else num_queries
 
 
-def _in_blocks(block, q: Float[Array, "B T N H"], size: int) -> Float[Array, "B T N H"]:
+def _in_blocks(block: Callable[..., Array], q: Float[Array, "B T N H"], size: int) -> Float[Array, "B T N H"]:
     """block(queries, index of the first) over T in steps of `size`; the last step is padded and cut again."""
     num_queries = q.shape[1]
     if size >= num_queries:

@@ -1,6 +1,6 @@
 """The readable reference of the grouped matmul: one expert is unpacked at a time. Knows arrays; knows no routing.
 
-Rows are sorted by expert. They are taken in tiles that never straddle two experts, and only experts with rows have tiles:
+Rows are sorted by expert. They are taken in tiles that never straddle two experts; only experts with rows have tiles:
 
     expert        0 0 0 0 0 | 2 2 | 3          (tile of 4 rows)
     tiles         [0 0 0 0][0 . . .][2 2 . .][3 . . .]
@@ -8,6 +8,7 @@ Rows are sorted by expert. They are taken in tiles that never straddle two exper
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.mxfp4 import MXFP4
@@ -38,7 +39,7 @@ def moe_matmul(
     tile_ends = jnp.cumsum(-(-group_sizes // tile))
     padded = jnp.pad(x, ((0, tile), (0, 0)))  # a last tile may reach past the last row
 
-    def one_tile(i: Int[Array, ""], out: Float[Array, "M+tile O"]) -> Float[Array, "M+tile O"]:
+    def one_tile(i: Int[Array, ""], out: Float[Array, "padded O"]) -> Float[Array, "padded O"]:
         expert = jnp.searchsorted(tile_ends, i, side="right")
         tiles_left = tile_ends[expert] - i
         size = group_sizes[expert]
@@ -53,7 +54,7 @@ def moe_matmul(
     return lax.fori_loop(0, tile_ends[-1], one_tile, out)[:num_rows]
 
 
-def _matrix(weight: MXFP4 | Float[Array, "E O I"], expert: Int[Array, ""], dtype) -> Float[Array, "O I"]:
+def _matrix(weight: MXFP4 | Float[Array, "E O I"], expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "O I"]:
     chosen = weight[expert]
     return chosen.decode(dtype) if isinstance(chosen, MXFP4) else chosen.astype(dtype)
 

@@ -1,0 +1,187 @@
+"""A released folder, Hugging Face's or OpenAI's, seen as our parameters, lazily. Knows names and bytes; knows no axes."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from gptoss_jax.convert import names
+from gptoss_jax.convert.files import TensorFolder
+from gptoss_jax.convert.json_file import read_object
+from gptoss_jax.convert.names import FileTensor, Index, Layout
+from gptoss_jax.errors import UserError
+from gptoss_jax.kernels import mxfp4
+from gptoss_jax.kernels.mxfp4 import BLOCK, ScaleRule
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.transformer import Experts, parameter_shapes
+
+CONFIG_NAME = "config.json"
+# What may be kept in float32 beside bfloat16: the norms of some releases, and everything in a float32 fine-tune.
+_FLOATS = (names.BFLOAT16, np.dtype(np.float32))
+
+
+class Parameters(Protocol):
+    """A model's parameters, each readable in part: what a mesh of devices takes its shards from."""
+
+    config: ModelConfig
+    experts: Experts
+
+    def shape(self, parameter: str) -> tuple[int, ...]: ...
+
+    def dtype(self, parameter: str) -> np.dtype:
+        """As stored."""
+        ...
+
+    def read(self, parameter: str, index: Index) -> np.ndarray:
+        """The box `index` of the parameter, one slice per axis, in its stored dtype."""
+        ...
+
+
+class Source:
+    """A folder of a released layout, opened and checked: every tensor there, of the right shape and dtype, no other.
+
+    Attributes:
+        layout: which of the two it is.
+        config: the sizes, from its config.json.
+        experts: how it stores them.
+        tensors: what the layout says it holds, in order.
+        folder: the bytes.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, layout: Layout, folder: TensorFolder):
+        self.path = path
+        self.config = config
+        self.layout: Layout = layout
+        self.folder = folder
+        self.experts: Experts = _stored_experts(path, folder)
+        self.tensors = names.file_tensors(config, layout=layout, experts=self.experts)
+        self._places = names.parameter_places(self.tensors)
+        _check_tensors(path, folder, self.tensors)
+
+    @classmethod
+    def open(cls, path: Path) -> "Source":
+        """Opens a folder of either layout, told apart by its config.json.
+
+        Raises:
+            UserError: it is neither, or something in it is missing, unknown, or of another shape or dtype.
+        """
+        document = read_object(path / CONFIG_NAME)
+        config = ModelConfig.from_json(document)
+        layout: Layout = "hf" if "num_local_experts" in document else "original"
+        return cls(path, config, layout, TensorFolder.open(path))
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        _, part = self._places[parameter]
+        return part.view.shape
+
+    def dtype(self, parameter: str) -> np.dtype:
+        tensor, _ = self._places[parameter]
+        return self.folder.tensors[tensor.name].dtype
+
+    def read(self, parameter: str, index: Index) -> np.ndarray:
+        tensor, part = self._places[parameter]
+        found = part.view.from_file(self.folder.read(tensor.name, part.file_index(index)))
+        if parameter.endswith(".scales"):
+            mxfp4.refuse_nan_scales(found, name=f"{tensor.name} of {self.path}")
+        return found
+
+    def read_tensor(self, tensor: FileTensor) -> np.ndarray:
+        """The whole tensor as the file holds it."""
+        return self.folder.read(tensor.name)
+
+
+class Repacked:
+    """The same parameters with the experts stored another way: unpacked exactly, or packed by a scale rule."""
+
+    def __init__(self, inner: Parameters, experts: Experts, *, scale_rule: ScaleRule = "even"):
+        self.config = inner.config
+        self.experts: Experts = experts
+        self._inner = inner
+        self._rule: ScaleRule = scale_rule
+        self._stored = parameter_shapes(inner.config, inner.experts)
+        self._shapes = parameter_shapes(inner.config, experts)
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        return self._shapes[parameter]
+
+    def dtype(self, parameter: str) -> np.dtype:
+        if parameter in self._stored:
+            return self._inner.dtype(parameter)
+        return names.BFLOAT16 if self.experts == "bf16" else names.UINT8
+
+    def read(self, parameter: str, index: Index) -> np.ndarray:
+        if parameter in self._stored:
+            return self._inner.read(parameter, index)
+        stem, _, kind = parameter.rpartition(".")
+        if kind == "weight":
+            return self._unpacked(stem, index)
+        packed = self._packed(stem, index if kind == "scales" else index[:-1])
+        return packed.scales if kind == "scales" else packed.blocks[..., index[-1]]
+
+    def _unpacked(self, stem: str, index: Index) -> np.ndarray:
+        *rows, last = index
+        start, stop, _ = last.indices(self._stored[f"{stem}.scales"][-1] * BLOCK)
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        codes = self._inner.read(f"{stem}.blocks", (*rows, blocks, slice(None)))
+        values = mxfp4.decode_on_host(codes, self._inner.read(f"{stem}.scales", (*rows, blocks)))
+        return np.ascontiguousarray(values[..., start - blocks.start * BLOCK : stop - blocks.start * BLOCK])
+
+    def _packed(self, stem: str, index: Index) -> mxfp4.MXFP4:
+        *rows, last = index
+        start, stop, _ = last.indices(self._stored[f"{stem}.weight"][-1] // BLOCK)
+        values = self._inner.read(f"{stem}.weight", (*rows, slice(start * BLOCK, stop * BLOCK)))
+        return mxfp4.encode(values.astype(np.float32), rule=self._rule)
+
+
+def read_sharded(source: Parameters, parameter: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The parameter on its devices; a process reads the shards of its own devices, and a shard that several hold once."""
+    shards: dict[str, np.ndarray] = {}
+
+    def shard(index: Index | None) -> np.ndarray:
+        assert index is not None
+        key = str(index)
+        if key not in shards:
+            shards[key] = source.read(parameter, index)
+        return shards[key]
+
+    return jax.make_array_from_callback(source.shape(parameter), sharding, shard, dtype=source.dtype(parameter))
+
+
+def _stored_experts(path: Path, folder: TensorFolder) -> Experts:
+    found = folder.tensors
+    if any(name.endswith("_proj_blocks") or name.endswith("_weight.blocks") for name in found):
+        return "mxfp4"
+    if any(name.endswith("_proj_scales") or name.endswith("_weight.scales") for name in found):
+        raise UserError(f"{path} has expert scales without a tensor of blocks; expected both: get the folder again")
+    return "bf16"
+
+
+def _check_tensors(path: Path, folder: TensorFolder, expected: tuple[FileTensor, ...]) -> None:
+    layout = {tensor.name: tensor for tensor in expected}
+    missing = [name for name in layout if name not in folder.tensors]
+    if missing:
+        raise UserError(_missing(path, missing[0], folder.tensors))
+    for name in sorted(folder.tensors.keys() - layout.keys()):
+        near = difflib.get_close_matches(name, layout, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{path} holds tensor {name}, which no gpt-oss of its config.json has{hint}")
+    for name, tensor in layout.items():
+        info = folder.tensors[name]
+        if info.shape != tensor.shape:
+            raise UserError(f"{path}: tensor {name} has shape {info.shape}; its config.json asks for {tensor.shape}")
+        allowed = (names.UINT8,) if tensor.dtype == names.UINT8 else _FLOATS
+        if info.dtype not in allowed:
+            reason = ": float16 overflows in gpt-oss" if info.dtype == np.float16 else ""
+            raise UserError(
+                f"{path}: tensor {name} has dtype {info.dtype}; expected {' or '.join(map(str, allowed))}{reason}"
+            )
+
+
+def _missing(path: Path, name: str, found: Mapping[str, object]) -> str:
+    twin = name.replace("blocks", "scales") if "blocks" in name else name.replace("scales", "blocks")
+    if twin != name and twin in found:
+        return f"{path} has tensor {twin} but not {name}; MXFP4 experts need both: get the folder again"
+    return f"{path}: tensor {name} is missing; its config.json asks for it: get the folder again, or its right config.json"

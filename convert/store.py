@@ -1,0 +1,160 @@
+"""Parameters on disk, kept by Orbax: saved a batch at a time, restored in part onto any mesh. Knows no release.
+
+Plain zarr files without compression: MXFP4 does not compress, names and bytes of the files follow from the parameters
+alone, and a checksum per file finds a flipped bit, which Orbax itself does not notice.
+
+    params/state/layers.0.moe.gate_up.blocks/c/5/0/0/0/0      expert 5 of layer 0
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
+
+PARAMETERS = "params"
+_STATE = "state"  # Orbax's name for the tree in a checkpoint
+_CHUNK_BYTES = 32 << 20  # a host reads whole chunks: small ones let it read little more than its own shards
+_RESTORE_BYTES = 512 << 20
+
+
+def save(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
+    """Adds a batch of parameters to the unfinished ones in `folder`; all processes call it together."""
+    with _saving():
+        ocp.partial.save(folder / PARAMETERS, _tree(arrays))
+
+
+def finish(folder: Path) -> None:
+    """Turns the saved batches into one checkpoint, `folder`/params. Killed at any moment, it can be called again.
+
+    Orbax merges batches in place, and half a merge cannot be gone on with; so a copy is merged, of links where the disk
+    has them, and the batches go when it is whole.
+    """
+    done, merging = folder / PARAMETERS, folder / "merging"
+    if jax.process_index() == 0 and not done.exists():
+        shutil.rmtree(merging, ignore_errors=True)
+        shutil.copytree(_batches(folder), _batches(merging), copy_function=_link_or_copy)
+    barrier("merging")
+    if not done.exists():
+        with _saving():
+            ocp.partial.finalize(merging / PARAMETERS)
+    barrier("merged")
+    if jax.process_index() == 0:
+        if not done.exists():
+            (merging / PARAMETERS).rename(done)
+        shutil.rmtree(merging, ignore_errors=True)
+        shutil.rmtree(_batches(folder), ignore_errors=True)
+    barrier("finished")
+
+
+def forget_other_batches(folder: Path, kept: set[str]) -> None:
+    """Drops saved batches with a parameter that is not in `kept`, and what a killed save left behind."""
+    for path in folder.glob(f"{PARAMETERS}.*"):
+        if path != _batches(folder):
+            shutil.rmtree(path)
+    if _batches(folder).exists():
+        for batch in _batches(folder).iterdir():
+            found = {path.parent.name for path in batch.glob(f"{_STATE}/*/zarr.json")}
+            if not found or not found <= kept:
+                shutil.rmtree(batch)
+
+
+def saved_files(folder: Path, parameter: str) -> Iterator[tuple[str, Path]]:
+    """The files of a parameter saved in an unfinished folder: (path once finished, path now)."""
+    (home,) = _batches(folder).glob(f"*/{_STATE}/{parameter}")
+    for path in sorted(home.rglob("*")):
+        if path.is_file():
+            yield f"{PARAMETERS}/{_STATE}/{parameter}/{path.relative_to(home)}", path
+
+
+def parameter_of(file: str) -> str | None:
+    """The parameter that a file of a finished checkpoint holds, by its path in the manifest; None for metadata."""
+    parts = file.split("/")
+    return parts[2] if len(parts) > 3 and parts[:2] == [PARAMETERS, _STATE] else None
+
+
+def stored(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each stored parameter."""
+    metadata: Any = ocp.metadata(folder / PARAMETERS).metadata
+    flat, _ = jax.tree_util.tree_flatten_with_path(metadata, is_leaf=lambda x: hasattr(x, "shape"))
+    return {_path_name(path): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flat}
+
+
+def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    """Reads the parameters of `wanted` in their stored dtype where their shardings say, a few hundred MB at a time.
+
+    Each process reads the chunks that its own shards touch.
+    """
+    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    batch: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, leaf in wanted.items():
+        batch[name] = leaf
+        if sum(x.size * x.dtype.itemsize for x in batch.values()) >= _RESTORE_BYTES or len(batch) == len(wanted):
+            yield from _load(folder, batch, options)
+            batch = {}
+    if batch:
+        yield from _load(folder, batch, options)
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _load(folder: Path, batch: Mapping[str, jax.ShapeDtypeStruct], options) -> Iterator[tuple[str, jax.Array]]:
+    with ocp.Context(pytree_options=options):
+        tree = ocp.load(folder / PARAMETERS, _tree(batch))
+    for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        yield _path_name(path), array
+
+
+def _saving() -> ocp.Context:
+    saving = ocp.options.ArrayOptions.Saving(
+        use_ocdbt=False,
+        use_compression=False,
+        use_replica_parallel=False,  # one file holds a shard, however many devices hold a copy
+        scoped_storage_options_creator=_storage,
+    )
+    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
+
+
+def _storage(path: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    """One expert a file where all of them would be too many bytes; what else is large is cut along its largest axis."""
+    by_expert = ".moe." in _path_name(path) and value.nbytes > _CHUNK_BYTES
+    axes = (0,) if by_expert else None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+
+
+def _batches(folder: Path) -> Path:
+    return folder / f"{PARAMETERS}.partial_save"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Data files are linked; the small JSON ones are copied, since merging writes into them."""
+    if "/c/" in source:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a disk without links
+            pass
+    shutil.copy2(source, target)
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in path)

@@ -1,0 +1,128 @@
+"""The grouped matmul against a loop in NumPy, and what its compiled form must not hold: a dense product, all experts."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.kernels.moe_matmul import moe_matmul
+from gptoss_jax.kernels.mxfp4 import MXFP4
+from tests import oracle
+
+INPUTS, OUTPUTS = 96, 80
+# Of each output's spread: the order of a float32 sum; bfloat16 operands are exact in it, so they cost nothing more.
+TOLERANCE = 1e-5
+
+
+def random_weight(num_experts: int, *, seed: int = 0, outputs: int = OUTPUTS, inputs: int = INPUTS) -> MXFP4:
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(256, size=(num_experts, outputs, inputs // 32, 16), dtype=np.uint8)
+    scales = rng.integers(121, 125, size=(num_experts, outputs, inputs // 32), dtype=np.uint8)
+    return MXFP4(blocks, scales)
+
+
+def on_device(weight: MXFP4) -> MXFP4:
+    return jax.tree.map(jnp.asarray, weight)
+
+
+def loop(x: np.ndarray, matrices: np.ndarray, bias: np.ndarray, group_sizes: tuple[int, ...]) -> np.ndarray:
+    out, start = np.zeros((len(x), matrices.shape[1])), 0
+    for expert, size in enumerate(group_sizes):
+        rows = slice(start, start + size)
+        out[rows] = x[rows].astype(np.float64) @ matrices[expert].T + bias[expert].astype(np.float64)
+        start += size
+    return out
+
+
+@pytest.mark.parametrize(
+    ("group_sizes", "num_rows"),
+    [
+        ((0, 7, 0, 1), 8),
+        ((8, 0, 0, 0), 8),
+        ((0, 0, 0, 8), 8),
+        ((2, 2, 2, 2), 8),
+        ((1, 0, 2, 0), 11),  # eight rows belong to nobody
+        ((0, 0, 0, 0), 5),
+        ((0, 0, 1, 0), 1),
+        ((0, 300, 0, 0), 300),  # more than one tile of any size
+        ((3, 270, 9, 1), 290),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "plain"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])
+def test_agrees_with_a_loop(group_sizes: tuple[int, ...], num_rows: int, packed: bool, dtype):
+    rng = np.random.default_rng(1)
+    weight = random_weight(4)
+    matrices = oracle.mxfp4_decode(weight.blocks, weight.scales)
+    x = jnp.asarray(rng.standard_normal((num_rows, INPUTS)), dtype)
+    bias = jnp.asarray(rng.standard_normal((4, OUTPUTS)), dtype)
+    given = on_device(weight) if packed else jnp.asarray(matrices, dtype)  # bfloat16 holds them exactly too
+    out = moe_matmul(x, given, bias, jnp.asarray(group_sizes))
+    assert out.dtype == jnp.float32
+    expected = loop(np.asarray(x), matrices, np.asarray(bias), group_sizes)
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE * np.sqrt(INPUTS))
+    assert not np.asarray(out)[sum(group_sizes) :].any()
+
+
+def test_rows_of_nobody_may_hold_anything():
+    x = np.full((9, INPUTS), np.nan, np.float32)
+    x[:3] = 1
+    out = moe_matmul(jnp.asarray(x), on_device(random_weight(4)), jnp.ones((4, OUTPUTS)), jnp.array([0, 2, 0, 1]))
+    assert np.isfinite(out[:3]).all()
+    assert not np.asarray(out)[3:].any()
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "plain"])
+def test_experts_without_rows_are_not_read(packed: bool):
+    """Theirs is scale byte 255: one value that is read and multiplied, even by zero, would make a NaN."""
+    group_sizes = (0, 6, 0, 0, 5, 0)
+    weight = random_weight(6)
+    for expert, size in enumerate(group_sizes):
+        if not size:
+            weight.scales[expert] = 255
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((13, INPUTS)), jnp.float32)
+    given = on_device(weight) if packed else on_device(weight).decode(jnp.float32)
+    bias = jnp.where(jnp.asarray(group_sizes)[:, None] > 0, 1.0, jnp.nan) * jnp.ones((6, OUTPUTS))
+    assert np.isfinite(moe_matmul(x, given, bias, jnp.asarray(group_sizes))).all()
+
+
+# ---- the compiled form ------------------------------------------------------------------------------------------------
+
+EXPERTS, ROWS, WIDE, LONG = 23, 40, 416, 352  # one matrix, 146,432 elements, outnumbers the rows' inputs and outputs
+
+
+@pytest.fixture(scope="module", params=["float32 mxfp4", "float32 plain", "bfloat16 mxfp4", "bfloat16 plain"])
+def compiled(request: pytest.FixtureRequest) -> jax.stages.Compiled:
+    dtype, kind = request.param.split()
+    weight = jax.ShapeDtypeStruct((EXPERTS, WIDE, LONG), dtype)
+    if kind == "mxfp4":
+        weight = jax.eval_shape(lambda: on_device(random_weight(EXPERTS, outputs=WIDE, inputs=LONG)))
+    x, bias = jax.ShapeDtypeStruct((ROWS, LONG), dtype), jax.ShapeDtypeStruct((EXPERTS, WIDE), dtype)
+    return jax.jit(moe_matmul).lower(x, weight, bias, jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)).compile()
+
+
+def made_arrays(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Elements of every array that the program makes, by its type; what it was given it only passes on."""
+    passed_on = ("parameter(", "get-tuple-element(", "tuple(", "while(", "bitcast(", "conditional(", "call(")
+    made = {}
+    for line in compiled.as_text().splitlines():
+        found = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = (\w+\[([\d,]*)\])\S* ([\w-]+\()", line)
+        if found and found[3] not in passed_on:
+            made[found[1]] = int(np.prod([int(n) for n in found[2].split(",") if n]))
+    return made
+
+
+def test_no_array_is_larger_than_one_matrix(compiled: jax.stages.Compiled):
+    made = made_arrays(compiled)
+    assert WIDE * LONG in made.values(), "the one matrix itself is not found: the test reads the program wrongly"
+    assert WIDE * LONG < EXPERTS * ROWS * WIDE
+    assert max(made.values()) == WIDE * LONG, max(made, key=lambda name: made[name])
+
+
+def test_temporary_memory_is_less_than_two_experts(compiled: jax.stages.Compiled):
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2 * 4 * WIDE * LONG
