@@ -399,10 +399,10 @@ def _check_cover(file: Path, infos: Sequence[TensorInfo], *, data: int, size: in
     end = data
     for info in infos:
         if info.offset != end:
-            what = "overlaps the one before it" if info.offset < end else "leaves a hole before it"
+            what = "they overlap" if info.offset < end else "there is a hole"
             raise UserError(
-                f"{file}: tensor {_spell(info.name)} starts at byte {info.offset:,} and {what}, which ends at "
-                f"{end:,}; copy or download the file again"
+                f"{file}: tensor {_spell(info.name)} starts at byte {info.offset:,}, "
+                f"the one before it ends at {end:,}: {what}; copy or download the file again"
             )
         end += info.nbytes
     if end != size:
@@ -567,17 +567,20 @@ def prepare_folder(folder: Path, *, nbytes: int) -> None:
         UserError: something is in the folder (unfinished files of an earlier run aside), or there is no room.
     """
     with _reported(folder, "written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        found = sorted(name for name in os.listdir(folder) if not name.endswith(_partial("")))
-        if found:
+        found = sorted(os.listdir(folder)) if folder.exists() else []
+        whole = [name for name in found if not name.endswith(_partial(""))]
+        if whole:
             raise UserError(
-                f"{folder}: expected a new or empty folder, found {_spell(found[0])} in it; "
+                f"{folder}: expected a new or empty folder, found {_spell(whole[0])} in it; "
                 "name another destination or remove it"
             )
-        _remove_partials(folder, created=False)
-        free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise UserError(f"{folder}: needs {nbytes:,} bytes, its disk has {free:,} free; make room or name another")
+        if found:
+            _remove_partials(folder, created=False)
+        path = folder.absolute()
+        free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+        if nbytes > free:
+            raise UserError(f"{folder}: needs {nbytes:,} bytes, its disk has {free:,} free; make room or name another")
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _plan_shards(
@@ -669,7 +672,7 @@ def _remove_partials(folder: Path, *, created: bool) -> None:
 
 
 def _partial(name: str) -> str:
-    return f"{name}.partial"
+    return f"{name}.gptoss-partial"  # no one else's name: what ends so is removed
 
 
 def _nbytes(tensor: TensorSpec) -> int:

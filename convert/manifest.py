@@ -4,7 +4,7 @@ import dataclasses
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gptoss_jax.convert.json_file import read_object, write_object
 from gptoss_jax.convert.names import Layout
@@ -94,6 +94,8 @@ class Manifest:
         }
         files = {name: StoredFile(entry["nbytes"], entry["crc32"]) for name, entry in document["files"].items()}
         same = {key: document[key] for key in ("layout", "experts", "source_experts", "mesh")}
+        if {same["experts"], same["source_experts"]} - set(get_args(Experts)):
+            raise ValueError(f"experts are {same['experts']!r} from {same['source_experts']!r}")
         return cls(tensors=tensors, files=files, **same)
 
     def check_sizes(self, folder: Path) -> None:
@@ -107,4 +109,6 @@ class Manifest:
             found = path.stat().st_size if path.is_file() else None
             if found != stored.nbytes:
                 what = "is missing" if found is None else f"has {found:,} bytes"
-                raise UserError(f"{path} {what}; expected {stored.nbytes:,} bytes: copy or convert the checkpoint again")
+                raise UserError(
+                    f"{path} {what}; expected {stored.nbytes:,} bytes: copy or convert the checkpoint again"
+                )

@@ -1,4 +1,4 @@
-"""One table of names: our parameters, Hugging Face's tensors, OpenAI's tensors, used in both directions. Knows no bytes.
+"""One table of names: our parameters, Hugging Face's and OpenAI's tensors, used in both directions. Knows no bytes.
 
 A view such as "N H D -> (N H) D" says how the axes of our parameter (left) lie in the tensor of a file (right).
 Parameters that share one file tensor are stacked on its first axis in table order: OpenAI keeps q, k and v together.
@@ -6,7 +6,7 @@ Parameters that share one file tensor are stacked on its first axis in table ord
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import ml_dtypes
@@ -25,114 +25,47 @@ UINT8 = np.dtype(np.uint8)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; `{n}` is the layer. A None says that this layout has no such tensor."""
+    """One line of the table. A None says that this layout has no such tensor."""
 
     ours: str
     view: str
     hf: str
     original: str | None
 
+    def of_layer(self, n: int) -> "Row":
+        original = None if self.original is None else f"block.{n}.{self.original}"
+        return Row(f"layers.{n}.{self.ours}", self.view, f"model.layers.{n}.{self.hf}", original)
 
-TABLE = (
-    Row("embedding.weight", "V D -> V D", "model.embed_tokens.weight", "embedding.weight"),
-    Row(
-        "layers.{n}.attention_norm.scale",
-        "D -> D",
-        "model.layers.{n}.input_layernorm.weight",
-        "block.{n}.attn.norm.scale",
-    ),
-    Row(
-        "layers.{n}.attention.q.weight",
-        "N H D -> (N H) D",
-        "model.layers.{n}.self_attn.q_proj.weight",
-        "block.{n}.attn.qkv.weight",
-    ),
-    Row(
-        "layers.{n}.attention.k.weight",
-        "K H D -> (K H) D",
-        "model.layers.{n}.self_attn.k_proj.weight",
-        "block.{n}.attn.qkv.weight",
-    ),
-    Row(
-        "layers.{n}.attention.v.weight",
-        "K H D -> (K H) D",
-        "model.layers.{n}.self_attn.v_proj.weight",
-        "block.{n}.attn.qkv.weight",
-    ),
-    Row(
-        "layers.{n}.attention.q.bias",
-        "N H -> (N H)",
-        "model.layers.{n}.self_attn.q_proj.bias",
-        "block.{n}.attn.qkv.bias",
-    ),
-    Row(
-        "layers.{n}.attention.k.bias",
-        "K H -> (K H)",
-        "model.layers.{n}.self_attn.k_proj.bias",
-        "block.{n}.attn.qkv.bias",
-    ),
-    Row(
-        "layers.{n}.attention.v.bias",
-        "K H -> (K H)",
-        "model.layers.{n}.self_attn.v_proj.bias",
-        "block.{n}.attn.qkv.bias",
-    ),
-    Row("layers.{n}.attention.sinks", "N -> N", "model.layers.{n}.self_attn.sinks", "block.{n}.attn.sinks"),
-    Row(
-        "layers.{n}.attention.o.weight",
-        "D N H -> D (N H)",
-        "model.layers.{n}.self_attn.o_proj.weight",
-        "block.{n}.attn.out.weight",
-    ),
-    Row("layers.{n}.attention.o.bias", "D -> D", "model.layers.{n}.self_attn.o_proj.bias", "block.{n}.attn.out.bias"),
-    Row(
-        "layers.{n}.moe_norm.scale",
-        "D -> D",
-        "model.layers.{n}.post_attention_layernorm.weight",
-        "block.{n}.mlp.norm.scale",
-    ),
-    Row("layers.{n}.moe.router.weight", "E D -> E D", "model.layers.{n}.mlp.router.weight", "block.{n}.mlp.gate.weight"),
-    Row("layers.{n}.moe.router.bias", "E -> E", "model.layers.{n}.mlp.router.bias", "block.{n}.mlp.gate.bias"),
-    # Gate and up alternate in the release: axis g is gate, up. C counts MXFP4 blocks of 32, b their 16 bytes.
-    Row(
-        "layers.{n}.moe.gate_up.blocks",
-        "E F g C b -> E (F g) C b",
-        "model.layers.{n}.mlp.experts.gate_up_proj_blocks",
-        "block.{n}.mlp.mlp1_weight.blocks",
-    ),
-    Row(
-        "layers.{n}.moe.gate_up.scales",
-        "E F g C -> E (F g) C",
-        "model.layers.{n}.mlp.experts.gate_up_proj_scales",
-        "block.{n}.mlp.mlp1_weight.scales",
-    ),
-    # What transformers saves after dequantising lies [in, out].
-    Row("layers.{n}.moe.gate_up.weight", "E F g D -> E D (F g)", "model.layers.{n}.mlp.experts.gate_up_proj", None),
-    Row(
-        "layers.{n}.moe.gate_up.bias",
-        "E F g -> E (F g)",
-        "model.layers.{n}.mlp.experts.gate_up_proj_bias",
-        "block.{n}.mlp.mlp1_bias",
-    ),
-    Row(
-        "layers.{n}.moe.down.blocks",
-        "E D C b -> E D C b",
-        "model.layers.{n}.mlp.experts.down_proj_blocks",
-        "block.{n}.mlp.mlp2_weight.blocks",
-    ),
-    Row(
-        "layers.{n}.moe.down.scales",
-        "E D C -> E D C",
-        "model.layers.{n}.mlp.experts.down_proj_scales",
-        "block.{n}.mlp.mlp2_weight.scales",
-    ),
-    Row("layers.{n}.moe.down.weight", "E D F -> E F D", "model.layers.{n}.mlp.experts.down_proj", None),
-    Row(
-        "layers.{n}.moe.down.bias",
-        "E D -> E D",
-        "model.layers.{n}.mlp.experts.down_proj_bias",
-        "block.{n}.mlp.mlp2_bias",
-    ),
+
+FIRST = (Row("embedding.weight", "V D -> V D", "model.embed_tokens.weight", "embedding.weight"),)
+
+# Under layers.N, model.layers.N and block.N. Gate and up alternate in the release: of axis g, 0 is gate and 1 is up.
+# C counts MXFP4 blocks of 32, b is their 16 bytes. The bf16 experts that transformers saves lie [in, out].
+LAYER = (
+    Row("attention_norm.scale", "D -> D", "input_layernorm.weight", "attn.norm.scale"),
+    Row("attention.q.weight", "N H D -> (N H) D", "self_attn.q_proj.weight", "attn.qkv.weight"),
+    Row("attention.k.weight", "K H D -> (K H) D", "self_attn.k_proj.weight", "attn.qkv.weight"),
+    Row("attention.v.weight", "K H D -> (K H) D", "self_attn.v_proj.weight", "attn.qkv.weight"),
+    Row("attention.q.bias", "N H -> (N H)", "self_attn.q_proj.bias", "attn.qkv.bias"),
+    Row("attention.k.bias", "K H -> (K H)", "self_attn.k_proj.bias", "attn.qkv.bias"),
+    Row("attention.v.bias", "K H -> (K H)", "self_attn.v_proj.bias", "attn.qkv.bias"),
+    Row("attention.sinks", "N -> N", "self_attn.sinks", "attn.sinks"),
+    Row("attention.o.weight", "D N H -> D (N H)", "self_attn.o_proj.weight", "attn.out.weight"),
+    Row("attention.o.bias", "D -> D", "self_attn.o_proj.bias", "attn.out.bias"),
+    Row("moe_norm.scale", "D -> D", "post_attention_layernorm.weight", "mlp.norm.scale"),
+    Row("moe.router.weight", "E D -> E D", "mlp.router.weight", "mlp.gate.weight"),
+    Row("moe.router.bias", "E -> E", "mlp.router.bias", "mlp.gate.bias"),
+    Row("moe.gate_up.blocks", "E F g C b -> E (F g) C b", "mlp.experts.gate_up_proj_blocks", "mlp.mlp1_weight.blocks"),
+    Row("moe.gate_up.scales", "E F g C -> E (F g) C", "mlp.experts.gate_up_proj_scales", "mlp.mlp1_weight.scales"),
+    Row("moe.gate_up.weight", "E F g D -> E D (F g)", "mlp.experts.gate_up_proj", None),
+    Row("moe.gate_up.bias", "E F g -> E (F g)", "mlp.experts.gate_up_proj_bias", "mlp.mlp1_bias"),
+    Row("moe.down.blocks", "E D C b -> E D C b", "mlp.experts.down_proj_blocks", "mlp.mlp2_weight.blocks"),
+    Row("moe.down.scales", "E D C -> E D C", "mlp.experts.down_proj_scales", "mlp.mlp2_weight.scales"),
+    Row("moe.down.weight", "E D F -> E F D", "mlp.experts.down_proj", None),
+    Row("moe.down.bias", "E D -> E D", "mlp.experts.down_proj_bias", "mlp.mlp2_bias"),
+)
+
+LAST = (
     Row("norm.scale", "D -> D", "model.norm.weight", "norm.scale"),
     Row("unembedding.weight", "V D -> V D", "lm_head.weight", "unembedding.weight"),
 )
@@ -170,7 +103,7 @@ class View:
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def file_index(self, index: Index) -> Index:
-        """Where the part `index` of our parameter lies in the file. Only the first axis of a merged group may be cut."""
+        """Where the part `index` of our parameter lies in the file. Of merged axes only the first may be cut."""
         found = []
         for group in self.groups:
             inner = math.prod(self.shape[axis] for axis in group[1:])
@@ -233,14 +166,13 @@ def file_tensors(config: ModelConfig, *, layout: Layout, experts: Experts) -> tu
         raise Unsupported("OpenAI's layout holds MXFP4 experts only: export bf16 experts with --format hf")
     shapes = parameter_shapes(config, experts)
     found: dict[str, list[Part]] = {}
-    for row, parameter, names in _rows(config):
-        name = names[layout]
-        if parameter not in shapes or name is None:
+    for row in _rows(config):
+        name = row.hf if layout == "hf" else row.original
+        if row.ours not in shapes or name is None:
             continue
-        view = View.parse(row.view, shapes[parameter])
         parts = found.setdefault(name, [])
         offset = sum(part.view.file_shape[0] for part in parts)
-        parts.append(Part(parameter, view, offset))
+        parts.append(Part(row.ours, View.parse(row.view, shapes[row.ours]), offset))
     missing = shapes.keys() - {part.parameter for parts in found.values() for part in parts}
     assert not missing, f"parameters without a name in the {layout} layout: {sorted(missing)}"
     return tuple(_file_tensor(name, tuple(parts)) for name, parts in found.items())
@@ -251,18 +183,12 @@ def parameter_places(tensors: Sequence[FileTensor]) -> Mapping[str, tuple[FileTe
     return {part.parameter: (tensor, part) for tensor in tensors for part in tensor.parts}
 
 
-def _rows(config: ModelConfig):
-    """Table rows with the layer filled in; layers in order, so that a conversion reads its source front to back."""
-    per_layer = [row for row in TABLE if "{n}" in row.ours]
-    first, last = TABLE[: TABLE.index(per_layer[0])], TABLE[TABLE.index(per_layer[-1]) + 1 :]
-    for row in first:
-        yield row, row.ours, {"hf": row.hf, "original": row.original}
+def _rows(config: ModelConfig) -> Iterator[Row]:
+    """The table with its layers written out, in an order in which a conversion reads its source front to back."""
+    yield from FIRST
     for n in range(config.num_layers):
-        for row in per_layer:
-            original = row.original and row.original.format(n=n)
-            yield row, row.ours.format(n=n), {"hf": row.hf.format(n=n), "original": original}
-    for row in last:
-        yield row, row.ours, {"hf": row.hf, "original": row.original}
+        yield from (row.of_layer(n) for row in LAYER)
+    yield from LAST
 
 
 def _file_tensor(name: str, parts: tuple[Part, ...]) -> FileTensor:

@@ -1,15 +1,15 @@
-"""A released folder, Hugging Face's or OpenAI's, seen as our parameters, lazily. Knows names and bytes; knows no axes."""
+"""A released folder of either layout seen as our parameters, lazily. Knows names and bytes; knows no axes."""
 
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from gptoss_jax.convert import names
-from gptoss_jax.convert.files import TensorFolder
+from gptoss_jax.convert.files import TensorFolder, aligned_empty
 from gptoss_jax.convert.json_file import read_object
 from gptoss_jax.convert.names import FileTensor, Index, Layout
 from gptoss_jax.errors import UserError
@@ -23,6 +23,7 @@ CONFIG_NAME = "config.json"
 _FLOATS = (names.BFLOAT16, np.dtype(np.float32))
 
 
+@runtime_checkable
 class Parameters(Protocol):
     """A model's parameters, each readable in part: what a mesh of devices takes its shards from."""
 
@@ -56,7 +57,7 @@ class Source:
         self.config = config
         self.layout: Layout = layout
         self.folder = folder
-        self.experts: Experts = _stored_experts(path, folder)
+        self.experts: Experts = _stored_experts(layout, folder)
         self.tensors = names.file_tensors(config, layout=layout, experts=self.experts)
         self._places = names.parameter_places(self.tensors)
         _check_tensors(path, folder, self.tensors)
@@ -68,6 +69,9 @@ class Source:
         Raises:
             UserError: it is neither, or something in it is missing, unknown, or of another shape or dtype.
         """
+        if not (path / CONFIG_NAME).is_file():
+            found = f"has no {CONFIG_NAME}" if path.is_dir() else "is no folder"
+            raise UserError(f"{path} {found}; expected a released folder, Hugging Face's or OpenAI's original/")
         document = read_object(path / CONFIG_NAME)
         config = ModelConfig.from_json(document)
         layout: Layout = "hf" if "num_local_experts" in document else "original"
@@ -83,14 +87,24 @@ class Source:
 
     def read(self, parameter: str, index: Index) -> np.ndarray:
         tensor, part = self._places[parameter]
-        found = part.view.from_file(self.folder.read(tensor.name, part.file_index(index)))
+        box = part.file_index(index)
+        found = self.folder.read(tensor.name, box)
         if parameter.endswith(".scales"):
-            mxfp4.refuse_nan_scales(found, name=f"{tensor.name} of {self.path}")
-        return found
+            self._refuse_nan_scales(tensor.name, box, found)
+        return part.view.from_file(found)
 
     def read_tensor(self, tensor: FileTensor) -> np.ndarray:
         """The whole tensor as the file holds it."""
         return self.folder.read(tensor.name)
+
+    def _refuse_nan_scales(self, name: str, box: Index, found: np.ndarray) -> None:
+        if found.size and found.max() == mxfp4.NAN_SCALE:
+            inside = np.argwhere(found == mxfp4.NAN_SCALE)[0]
+            where = tuple(cut.start + int(at) for cut, at in zip(box, inside, strict=True))
+            raise UserError(
+                f"{self.path}: tensor {name} holds scale byte 255 (NaN) at {where}; expected 0 to 254: "
+                "the file is damaged or was quantised from NaN; get it again"
+            )
 
 
 class Repacked:
@@ -115,11 +129,19 @@ class Repacked:
     def read(self, parameter: str, index: Index) -> np.ndarray:
         if parameter in self._stored:
             return self._inner.read(parameter, index)
+        _, *rest = index
+        box = [range(*cut.indices(size)) for cut, size in zip(index, self._shapes[parameter], strict=True)]
+        found = aligned_empty(tuple(map(len, box)), self.dtype(parameter))
+        for row, expert in enumerate(box[0]):  # one at a time: packing all of them takes many times their bytes
+            found[row] = self._expert(parameter, (slice(expert, expert + 1), *rest))[0]
+        return found
+
+    def _expert(self, parameter: str, index: Index) -> np.ndarray:
         stem, _, kind = parameter.rpartition(".")
         if kind == "weight":
             return self._unpacked(stem, index)
         packed = self._packed(stem, index if kind == "scales" else index[:-1])
-        return packed.scales if kind == "scales" else packed.blocks[..., index[-1]]
+        return np.asarray(packed.scales if kind == "scales" else packed.blocks[..., index[-1]])
 
     def _unpacked(self, stem: str, index: Index) -> np.ndarray:
         *rows, last = index
@@ -127,17 +149,20 @@ class Repacked:
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         codes = self._inner.read(f"{stem}.blocks", (*rows, blocks, slice(None)))
         values = mxfp4.decode_on_host(codes, self._inner.read(f"{stem}.scales", (*rows, blocks)))
-        return np.ascontiguousarray(values[..., start - blocks.start * BLOCK : stop - blocks.start * BLOCK])
+        return values[..., start - blocks.start * BLOCK : stop - blocks.start * BLOCK]
 
     def _packed(self, stem: str, index: Index) -> mxfp4.MXFP4:
         *rows, last = index
         start, stop, _ = last.indices(self._stored[f"{stem}.weight"][-1] // BLOCK)
         values = self._inner.read(f"{stem}.weight", (*rows, slice(start * BLOCK, stop * BLOCK)))
-        return mxfp4.encode(values.astype(np.float32), rule=self._rule)
+        try:
+            return mxfp4.encode(values.astype(np.float32), rule=self._rule)
+        except UserError as error:
+            raise UserError(f"{stem}.weight, expert {rows[0].start}: {error}") from error
 
 
 def read_sharded(source: Parameters, parameter: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The parameter on its devices; a process reads the shards of its own devices, and a shard that several hold once."""
+    """The parameter on its devices; a process reads its own devices' shards, and one that several of them hold once."""
     shards: dict[str, np.ndarray] = {}
 
     def shard(index: Index | None) -> np.ndarray:
@@ -150,13 +175,9 @@ def read_sharded(source: Parameters, parameter: str, sharding: jax.sharding.Shar
     return jax.make_array_from_callback(source.shape(parameter), sharding, shard, dtype=source.dtype(parameter))
 
 
-def _stored_experts(path: Path, folder: TensorFolder) -> Experts:
-    found = folder.tensors
-    if any(name.endswith("_proj_blocks") or name.endswith("_weight.blocks") for name in found):
-        return "mxfp4"
-    if any(name.endswith("_proj_scales") or name.endswith("_weight.scales") for name in found):
-        raise UserError(f"{path} has expert scales without a tensor of blocks; expected both: get the folder again")
-    return "bf16"
+def _stored_experts(layout: Layout, folder: TensorFolder) -> Experts:
+    packed = any(name.endswith(("_proj_blocks", "_proj_scales")) for name in folder.tensors)
+    return "mxfp4" if packed or layout == "original" else "bf16"
 
 
 def _check_tensors(path: Path, folder: TensorFolder, expected: tuple[FileTensor, ...]) -> None:
@@ -184,4 +205,6 @@ def _missing(path: Path, name: str, found: Mapping[str, object]) -> str:
     twin = name.replace("blocks", "scales") if "blocks" in name else name.replace("scales", "blocks")
     if twin != name and twin in found:
         return f"{path} has tensor {twin} but not {name}; MXFP4 experts need both: get the folder again"
-    return f"{path}: tensor {name} is missing; its config.json asks for it: get the folder again, or its right config.json"
+    return (
+        f"{path}: tensor {name} is missing; its config.json asks for it: get the folder again, or its right config.json"
+    )

@@ -6,6 +6,9 @@ alone, and a checksum per file finds a flipped bit, which Orbax itself does not 
     params/state/layers.0.moe.gate_up.blocks/c/5/0/0/0/0      expert 5 of layer 0
 """
 
+import contextlib
+import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +17,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
+
+from gptoss_jax.convert.processes import barrier
 
 PARAMETERS = "params"
 _STATE = "state"  # Orbax's name for the tree in a checkpoint
@@ -25,7 +29,7 @@ _RESTORE_BYTES = 512 << 20
 def save(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
     """Adds a batch of parameters to the unfinished ones in `folder`; all processes call it together."""
     with _saving():
-        ocp.partial.save(folder / PARAMETERS, _tree(arrays))
+        ocp.partial.save(str(folder / PARAMETERS), _tree(arrays))
 
 
 def finish(folder: Path) -> None:
@@ -40,11 +44,12 @@ def finish(folder: Path) -> None:
         shutil.copytree(_batches(folder), _batches(merging), copy_function=_link_or_copy)
     barrier("merging")
     if not done.exists():
-        with _saving():
-            ocp.partial.finalize(merging / PARAMETERS)
+        with _saving(), _without_false_alarms():
+            ocp.partial.finalize(str(merging / PARAMETERS))
     barrier("merged")
     if jax.process_index() == 0:
         if not done.exists():
+            _forget_when_and_where(merging / PARAMETERS)
             (merging / PARAMETERS).rename(done)
         shutil.rmtree(merging, ignore_errors=True)
         shutil.rmtree(_batches(folder), ignore_errors=True)
@@ -79,7 +84,8 @@ def parameter_of(file: str) -> str | None:
 
 def stored(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each stored parameter."""
-    metadata: Any = ocp.metadata(folder / PARAMETERS).metadata
+    with _without_false_alarms():
+        metadata: Any = ocp.metadata(str(folder / PARAMETERS)).metadata
     flat, _ = jax.tree_util.tree_flatten_with_path(metadata, is_leaf=lambda x: hasattr(x, "shape"))
     return {_path_name(path): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flat}
 
@@ -89,45 +95,67 @@ def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterato
 
     Each process reads the chunks that its own shards touch.
     """
-    options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     batch: dict[str, jax.ShapeDtypeStruct] = {}
     for name, leaf in wanted.items():
         batch[name] = leaf
-        if sum(x.size * x.dtype.itemsize for x in batch.values()) >= _RESTORE_BYTES or len(batch) == len(wanted):
-            yield from _load(folder, batch, options)
+        if sum(x.size * x.dtype.itemsize for x in batch.values()) >= _RESTORE_BYTES:
+            yield from _load(folder, batch)
             batch = {}
     if batch:
-        yield from _load(folder, batch, options)
+        yield from _load(folder, batch)
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _load(folder: Path, batch: Mapping[str, jax.ShapeDtypeStruct], options) -> Iterator[tuple[str, jax.Array]]:
-    with ocp.Context(pytree_options=options):
-        tree = ocp.load(folder / PARAMETERS, _tree(batch))
+def _load(folder: Path, batch: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, _without_false_alarms():
+        tree = ocp.load(str(folder / PARAMETERS), _tree(batch))
     for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield _path_name(path), array
 
 
 def _saving() -> ocp.Context:
-    saving = ocp.options.ArrayOptions.Saving(
-        use_ocdbt=False,
-        use_compression=False,
-        use_replica_parallel=False,  # one file holds a shard, however many devices hold a copy
-        scoped_storage_options_creator=_storage,
-    )
-    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = False
+    saving.use_compression = False
+    saving.use_replica_parallel = False  # one file holds a shard, however many devices hold a copy
+    saving.enable_write_sharding_file = False  # names the devices of this machine; nobody asks for them
+    saving.array_metadata_store = None  # what every process would say again of arrays that say it themselves
+    saving.scoped_storage_options_creator = _storage
+    return context
 
 
-def _storage(path: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+def _storage(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
     """One expert a file where all of them would be too many bytes; what else is large is cut along its largest axis."""
-    by_expert = ".moe." in _path_name(path) and value.nbytes > _CHUNK_BYTES
+    by_expert = ".moe." in _path_name(key) and value.nbytes > _CHUNK_BYTES
     axes = (0,) if by_expert else None
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+
+
+def _forget_when_and_where(folder: Path) -> None:
+    """Rewrites what Orbax says of the saving, so that all bytes follow from the parameters and the mesh alone."""
+    (folder / "commit_success.txt").write_text("")  # that it is there counts; it held the path of the unfinished folder
+    for path in (folder / "_CHECKPOINT_METADATA", folder / _STATE / "_METADATA"):
+        document = json.loads(path.read_bytes())
+        times = {key: None for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs") if key in document}
+        path.write_text(json.dumps(document | times, sort_keys=True), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_false_alarms() -> Iterator[None]:
+    """Drops two warnings of Orbax: no OCDBT to merge, which nobody asked for; no data, where it looks for Zarr 2 only."""
+    alarms = ("Skipping merge of OCDBT checkpoints", "TensorStore data files not found")
+
+    def real(record: logging.LogRecord) -> bool:
+        return not any(alarm in str(record.msg) for alarm in alarms)
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(real)
+    try:
+        yield
+    finally:
+        logger.removeFilter(real)
 
 
 def _batches(folder: Path) -> Path:

@@ -31,12 +31,12 @@ from gptoss_jax.model.transformer import Experts
 SHARD_BYTES = 5_000_000_000  # the release's 20b has three shards of at most this
 _ORIGINAL_SHARD_NAME = "model--{number:05d}-of-{count:05d}.safetensors"
 
-_PIECE = 1 << 22  # bytes drawn at a time
+_PIECE = 1 << 20  # bytes drawn at a time
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 # Standard deviation of each layer's output for an input of order one.
-# Attention and experts add about 0.3 each to a residual stream that begins at 2 and ends near 3. If they added more, what
-# all tokens share (biases, means over random keys) would grow until some of 128 experts are never visited.
+# Attention and experts add about 0.3 each to a residual stream that begins at 2 and ends near 3. If they added more,
+# what all tokens share (biases, means over random keys) would grow until some of 128 experts are never visited.
 _GAINS = {
     "embedding": 2.0,
     "q": 1.2,
@@ -146,12 +146,12 @@ def _expert_blocks(
 def _expert_scales(
     config: ModelConfig, seed: int, layer: str, expert: int, *, count: int
 ) -> Iterator[UInt8[np.ndarray, " bytes"]]:
-    table = _scale_table(_weight_std(config, layer.rpartition(".")[2]))
+    table = scale_table(_weight_std(config, layer.rpartition(".")[2]))
     for piece in _random_bytes(seed, f"{layer}.scales/{expert}", count=count):
         yield np.take(table, piece)
 
 
-def _scale_table(std: float) -> UInt8[np.ndarray, "256"]:
+def scale_table(std: float) -> UInt8[np.ndarray, "256"]:
     """A scale byte for each random byte, three or four neighbours, such that uniform codes decode to `std`.
 
     A scale is 127 + base + floor(3r + f) with r uniform in [0, 1). The mean of its square is

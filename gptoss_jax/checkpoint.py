@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
@@ -13,6 +14,7 @@ from gptoss_jax.convert import store
 from gptoss_jax.convert.json_file import read_object
 from gptoss_jax.convert.manifest import MANIFEST_NAME, Manifest
 from gptoss_jax.convert.source import CONFIG_NAME, Source, read_sharded
+from gptoss_jax.convert.stored import unfinished_at
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.transformer import GptOss, abstract_model, parameters, with_parameters
@@ -56,21 +58,21 @@ def sniff(path: Path) -> Format:
     Raises:
         UserError: it is none of ours, or a conversion into it has not finished.
     """
+    expected = "expected a converted checkpoint, or a released folder (Hugging Face's, or OpenAI's original/)"
     if (path / MANIFEST_NAME).is_file():
         return "checkpoint"
-    unfinished = path.with_name(path.name + ".unfinished")
-    if path.name.endswith(".unfinished") or (unfinished.is_dir() and not path.exists()):
-        raise UserError(f"the conversion into {path} has not finished: run the same convert command again to go on with it")
+    if unfinished_at(path) is not None:
+        raise UserError(f"{path}: its conversion has not finished; run the same convert command again to go on with it")
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a converted checkpoint, a Hugging Face or an original/ folder")
+        raise UserError(f"{path} is no folder; {expected}")
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{path} has no {CONFIG_NAME}; expected a converted checkpoint, a Hugging Face or an original/ folder")
+        raise UserError(f"{path} has no {CONFIG_NAME}; {expected}")
     config = read_object(path / CONFIG_NAME)
     ModelConfig.from_json(config)
     return "hf" if "num_local_experts" in config else "original"
 
 
-def _sharding(name: str, parameter, mesh: Mesh | None) -> jax.sharding.Sharding:
+def _sharding(name: str, parameter: nnx.Param, mesh: Mesh | None) -> jax.sharding.Sharding:
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     return place(name, parameter.shape, parameter.axes, mesh)
@@ -78,15 +80,15 @@ def _sharding(name: str, parameter, mesh: Mesh | None) -> jax.sharding.Sharding:
 
 def _from_checkpoint(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
     held = store.stored(path)
+    as_stored = {}
     for name, leaf in wanted.items():
-        if name not in held or held[name].shape != leaf.shape:
-            found = held[name].shape if name in held else "nothing"
+        found = held[name].shape if name in held else None
+        if found != leaf.shape:
             raise UserError(
-                f"{path}: parameter {name} has shape {found}, its config.json asks for {leaf.shape}: convert the release again"
+                f"{path}: parameter {name} has shape {found}, its {CONFIG_NAME} asks for {leaf.shape}: "
+                "convert the release again"
             )
-    as_stored = {
-        name: jax.ShapeDtypeStruct(leaf.shape, held[name].dtype, sharding=leaf.sharding) for name, leaf in wanted.items()
-    }
+        as_stored[name] = jax.ShapeDtypeStruct(leaf.shape, held[name].dtype, sharding=leaf.sharding)
     return store.restore(path, as_stored)
 
 

@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class Unsupported(UserError):
-    """A kernel or format named by the caller that cannot run here; the message says why. Never a reason to fall back."""
+    """A kernel or format that the caller named and that cannot be had; the message says why. Nothing falls back."""

@@ -77,7 +77,7 @@ def test_our_own_writer_says_what_the_file_says(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("gpt-oss-20B", "did you mean gpt-oss-20b?"), ("llama", "expected one of gpt-oss-120b,")]
+    ("name", "hint"), [("gpt-oss-20B", "did you mean gpt-oss-20b?"), ("llama", "expected one of ")]
 )
 def test_an_unknown_name_lists_the_known_ones(name: str, hint: str) -> None:
     with pytest.raises(UserError) as error:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gptoss_jax"
 
-# A module imports from its own part, or from parts of a lower rank. docs/token.md draws it.
+# A module imports from its own part, or from parts of a lower rank. CONTRIBUTING.md draws it.
 RANKS = {
     "cli": 5,
     **dict.fromkeys(("server", "train"), 4),

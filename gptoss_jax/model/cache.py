@@ -104,5 +104,9 @@ class Cache:
 
 def _write(buffer: Array, slots: Int[Array, "B T"], values: Array) -> Array:
     """buffer[b, slots[b, t]] = values[b, t]; a slot past the end is dropped."""
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    return buffer.at[rows, slots].set(values.astype(buffer.dtype), mode="drop")
+
+    def write_row(buffer: Array, slots: Array, values: Array) -> Array:
+        return buffer.at[slots].set(values, mode="drop")
+
+    # Row by row, so that XLA knows rows to be apart: of one scatter over rows and slots it gathers all rows on a mesh.
+    return jax.vmap(write_row)(buffer, slots, values.astype(buffer.dtype))

@@ -1,13 +1,15 @@
 """The small layers: a declared parameter, linear maps, RMSNorm, embedding. Knows logical axes, no mesh, no model."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from gptoss_jax.kernels.product import matmul
 
 Axes = tuple[str | None, ...]
 Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
@@ -27,22 +29,11 @@ def fan_in(size: int) -> Init:
     return nnx.initializers.normal(stddev=size**-0.5)
 
 
-def contract(
-    x: Float[Array, "..."], weight: Float[Array, "..."], *, inputs: int, precise: bool = False
-) -> Float[Array, "..."]:
-    """Sums over the last `inputs` axes of both: x [*rows, *inputs], weight [*outputs, *inputs] -> [*rows, *outputs].
-
-    Accumulates in float32 and returns it. `precise` keeps float32 operands whole on accelerators that would round them
-    to bfloat16.
-    """
-    axes = tuple(range(-inputs, 0))
-    return jnp.tensordot(
-        x,
-        weight,
-        axes=(axes, axes),
-        precision=lax.Precision.HIGHEST if precise or x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+def contract(x: Float[Array, "..."], weight: Float[Array, "..."], *, inputs: int) -> Float[Array, "..."]:
+    """Sums over the last `inputs` axes: x [*rows, *inputs], weight [*outputs, *inputs] -> float32 [*rows, *outputs]."""
+    rows, outputs = x.shape[:-inputs], weight.shape[:-inputs]
+    size = math.prod(x.shape[-inputs:])
+    return matmul(x.reshape(-1, size), weight.reshape(-1, size)).reshape(*rows, *outputs)
 
 
 class Linear(nnx.Module):
@@ -61,9 +52,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         use_bias: bool = True,
     ):
-        size = 1
-        for length in inputs:
-            size *= length
+        size = math.prod(inputs)
         self.weight = declare(rngs, (*outputs, *inputs), axes, dtype=dtype, init=fan_in(size))
         zeros = nnx.initializers.zeros_init()
         self.bias = declare(rngs, outputs, axes[: len(outputs)], dtype=dtype, init=zeros) if use_bias else None

@@ -1,8 +1,8 @@
 """The mixture of experts of one layer: router, dispatch, expert MLP. Knows the experts' mesh axes, no attention."""
 
-import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +74,15 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Routes by float32 logits: rounding them to bfloat16 would send tokens to other experts at near-ties."""
-        chosen, weights = route(self.router(x, out_dtype=jnp.float32), self.experts_per_token)
-        mix = functools.partial(mix_experts, limit=self.limit)
-        arguments = (self.gate_up.matrix(), self.gate_up.bias[...], self.down.matrix(), self.down.bias[...])
+        logits = self.router(x, out_dtype=jnp.float32)
+        experts = (self.gate_up.matrix(), self.gate_up.bias[...], self.down.matrix(), self.down.bias[...])
+
+        def mix(x: Array, logits: Array, *experts: Any, **shard: Any) -> Array:
+            return mix_experts(x, *route(logits, self.experts_per_token), *experts, limit=self.limit, **shard)
+
         if self.mesh is None:
-            return mix(x, chosen, weights, *arguments, first_expert=0, adds_down_bias=True)
-        return _on_mesh(mix, self.mesh, num_rows=x.shape[0])(x, chosen, weights, *arguments)
+            return mix(x, logits, *experts, first_expert=0, adds_down_bias=True)
+        return _on_mesh(mix, self.mesh, num_rows=x.shape[0])(x, logits, *experts)
 
 
 def route(logits: Float[Array, "B T E"], experts_per_token: int) -> tuple[Int[Array, "B T X"], Float[Array, "B T X"]]:
@@ -131,19 +134,22 @@ def mix_experts(
 
 
 def _on_mesh(mix: Callable[..., Array], mesh: Mesh, *, num_rows: int) -> Callable[..., Array]:
-    """`mix` where each device takes its rows to its own experts and width; one sum over both brings them together."""
+    """`mix` where each device takes its rows to its own experts and width; one sum over both brings them together.
+
+    The choice of experts is made inside: outside XLA gathers the rows of all devices before a top_k.
+    """
     rows = P(row_axis(num_rows, mesh))
 
-    def local(x: Array, chosen: Array, weights: Array, *experts: MXFP4 | Array) -> Array:
+    def local(x: Array, logits: Array, *experts: MXFP4 | Array) -> Array:
         down_bias = experts[-1]
         first = lax.axis_index("expert") * down_bias.shape[0]
         first_width_shard = lax.axis_index("tensor") == 0
-        out = mix(x, chosen, weights, *experts, first_expert=first, adds_down_bias=first_width_shard)
+        out = mix(x, logits, *experts, first_expert=first, adds_down_bias=first_width_shard)
         return lax.psum(out.astype(jnp.float32), ("expert", "tensor")).astype(x.dtype)
 
     gate_up, down = partition(("experts", "expert_width")), partition(("experts", None, "expert_width"))
     experts = partition(("experts",))
-    in_specs = (rows, rows, rows, gate_up, gate_up, down, experts)
+    in_specs = (rows, rows, gate_up, gate_up, down, experts)
     # The sums of a loop with a number of steps that differs by device have no replication rule to check.
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
 

@@ -14,14 +14,15 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
     YaRN (arXiv:2309.00071, section 3.2) keeps the fast pairs, divides the slow ones by `factor`, and ramps between.
     The ramp's ends are real numbers: rounding them (low 8.0928 -> 8, high 17.398 -> 18 for head_dim 64) is
-    `truncate: true`, which gpt-oss was not trained with; it shows only past `original_context`.
+    `truncate: true`, which gpt-oss was not trained with; it shows only past `original_context`. Ends past the pairs are
+    clamped as `transformers` does.
     """
     pairs = head_dim // 2
     fast = rope.theta ** -(np.arange(pairs, dtype=np.float64) / pairs)
     if rope.factor == 1.0:
         return fast
-    low = _pair_turning(rope, pairs, turns=rope.beta_fast)
-    high = _pair_turning(rope, pairs, turns=rope.beta_slow)
+    low = max(_pair_turning(rope, pairs, turns=rope.beta_fast), 0.0)
+    high = max(min(_pair_turning(rope, pairs, turns=rope.beta_slow), head_dim - 1.0), low + 0.001)
     ramp = np.clip((np.arange(pairs) - low) / (high - low), 0.0, 1.0)
     return fast / rope.factor * ramp + fast * (1.0 - ramp)
 

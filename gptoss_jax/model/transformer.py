@@ -114,9 +114,10 @@ class GptOss(nnx.Module):
         return self._placed(Cache.empty(self.config, rows=rows, capacity=capacity, dtype=self.dtype))
 
     def _placed(self, cache: Cache) -> Cache:
-        """Keys and values lie with their rows and heads; every device knows all lengths."""
+        """Keys and values lie with their rows and heads, lengths with their rows."""
         axes = ("rows", None, "kv_heads", "head_dim")
-        return Cache(jax.tree.map(lambda x: constrain(x, axes, self.mesh), cache.layers), cache.length)
+        layers = jax.tree.map(lambda x: constrain(x, axes, self.mesh), cache.layers)
+        return Cache(layers, constrain(cache.length, ("rows",), self.mesh))
 
 
 def abstract_model(

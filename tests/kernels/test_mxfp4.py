@@ -35,7 +35,7 @@ def exact(every_byte_and_scale: MXFP4) -> np.ndarray:
     return values
 
 
-# ---- decode -----------------------------------------------------------------------------------------------------------
+# ---- decode ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "float32"])
@@ -72,7 +72,7 @@ def test_the_range_has_both_ends(exact):
     assert np.flatnonzero(past).tolist() == list(range(LARGEST_FINITE_SCALE + 1, 255))
 
 
-# ---- encode -----------------------------------------------------------------------------------------------------------
+# ---- encode ----------------------------------------------------------------------------------------------------------
 
 
 def nearest_codes(values: np.ndarray, scale_bytes: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.model.cache import Cache, FullCache, RingCache
@@ -38,6 +38,7 @@ def feed(lengths: list[int], size: int, counts: tuple[int, ...]) -> tuple[np.nda
     return k, -k
 
 
+@settings(max_examples=25)
 @given(chunks)
 def test_the_ring_hands_out_the_window_and_the_chunk(pieces: list[tuple[int, tuple[int, ...]]]):
     ring, lengths = RingCache(*empty(WINDOW)), [0] * ROWS
@@ -60,6 +61,7 @@ def test_the_ring_hands_out_the_window_and_the_chunk(pieces: list[tuple[int, tup
             assert (ring.v[row, position % WINDOW] == -numbered(row, position)).all()
 
 
+@settings(max_examples=25)
 @given(chunks)
 def test_the_full_cache_keeps_every_position(pieces: list[tuple[int, tuple[int, ...]]]):
     cache, lengths = FullCache(*empty(CAPACITY)), [0] * ROWS

@@ -48,8 +48,8 @@ def test_rotate_agrees_with_float64_at_every_length(head_dim: int):
     x = np.random.default_rng(0).standard_normal((1, len(POSITIONS), 3, head_dim)).astype(np.float32)
     out = np.asarray(rotate(jnp.asarray(x), jnp.asarray(POSITIONS)[None], RELEASE))
     expected = oracle.rotate(x.astype(np.float64), *tables(head_dim))
-    # An angle is a rounded product of a rounded frequency, wrong by up to 2 parts in 2^24. So is cos and sin, plus their
-    # own rounding, and both halves of x bear it.
+    # An angle is a rounded product of a rounded frequency, wrong by up to 2 parts in 2^24. So are cos and sin, plus
+    # their own rounding, and both halves of x bear it.
     angle_error = POSITIONS[:, None] * frequencies(RELEASE, head_dim) * 2.0**-23 + 1e-6
     bound = concentration(RELEASE) * np.abs(x).max() * 2 * np.tile(angle_error, 2)
     assert (np.abs(out - expected) <= bound[None, :, None]).all()

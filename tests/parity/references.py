@@ -58,8 +58,14 @@ class TransformersModel:
         return np.array(chosen, np.int32), closest
 
     def save(self, folder: Path) -> None:
-        """As transformers re-saves a checkpoint: experts dequantised, config.json in its present form."""
-        self._model.save_pretrained(folder)
+        """A bf16 checkpoint as transformers writes it, config.json in its present form.
+
+        It goes through a new model because transformers 5.23, saving one that was loaded from MXFP4, names the dequantised
+        experts `_blocks`: it then finds no experts in that folder itself, and draws them at random.
+        """
+        unquantised = GptOssForCausalLM(self._model.config).to(self._model.dtype)
+        unquantised.load_state_dict(self._model.state_dict())
+        unquantised.save_pretrained(folder)
 
 
 def openai_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -59,11 +59,16 @@ def float32_logits(float32_model: gptoss_jax.GptOss, golden: dict[str, Any]) -> 
     return logits_at(float32_model, golden)
 
 
-def test_the_oracle_agrees_with_the_golden(folder: Path, golden: dict[str, Any]):
+@pytest.fixture(scope="module")
+def oracle_logits(folder: Path, golden: dict[str, Any]) -> np.ndarray:
+    """float64[prompts, T, V]"""
+    return oracle.forward(read_config(folder), read_tensors(folder), golden["prompts"])
+
+
+def test_the_oracle_agrees_with_the_golden(golden: dict[str, Any], oracle_logits: np.ndarray):
     """The references share their matrix routines; float64 in NumPy shares nothing with them."""
-    right = oracle.forward(read_config(folder), read_tensors(folder), golden["prompt"][None])[0, golden["positions"]]
     firm = ~golden["near_tie"]
-    assert relative_error(golden["logits"][firm], right[firm]) < FLOAT32_ERROR
+    assert relative_error(golden["logits"][firm], oracle_logits[0, golden["positions"]][firm]) < FLOAT32_ERROR
 
 
 def test_float32_logits_are_transformers(golden: dict[str, Any], float32_logits: np.ndarray):
@@ -80,16 +85,20 @@ def test_float32_logits_are_openais(case: Case, golden: dict[str, Any], float32_
     assert relative_error(float32_logits[::stride][firm], golden["openai_logits"][firm]) < FLOAT32_ERROR
 
 
-def test_bf16_is_as_near_to_float32_as_transformers_bf16(folder: Path, golden: dict[str, Any]):
-    ours = mean_kl(golden["logits"], logits_at(gptoss_jax.load(folder, dtype=jnp.bfloat16), golden))
+def test_bf16_is_as_near_to_the_truth_as_transformers_bf16(
+    folder: Path, golden: dict[str, Any], oracle_logits: np.ndarray
+):
+    """Over every position of every prompt (see Case). The oracle stands for float32: 1e-5 of the spread is 1e-9 of KL."""
+    model = gptoss_jax.load(folder, dtype=jnp.bfloat16)
+    ours = mean_kl(oracle_logits, np.asarray(model(jnp.asarray(golden["prompts"]))))
     assert ours <= BF16_KL_RATIO * golden["about"]["transformers_bf16_kl"]
 
 
 def test_greedy_continuation_is_transformers(float32_model: gptoss_jax.GptOss, golden: dict[str, Any]):
-    ids = gptoss_jax.generate(float32_model, golden["prompt"].tolist(), max_new_tokens=NUM_GREEDY, temperature=0)
+    ids = gptoss_jax.generate(float32_model, golden["prompts"][0].tolist(), max_new_tokens=NUM_GREEDY, temperature=0)
     assert list(ids) == golden["greedy"].tolist()
 
 
 def logits_at(model: gptoss_jax.GptOss, golden: dict[str, Any]) -> np.ndarray:
     """float32[positions, V]"""
-    return np.asarray(model(jnp.asarray(golden["prompt"])[None]))[0, golden["positions"]]
+    return np.asarray(model(jnp.asarray(golden["prompts"][:1])))[0, golden["positions"]]

@@ -8,10 +8,10 @@ Rows are sorted by expert. They are taken in tiles that never straddle two exper
 
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from gptoss_jax.kernels.mxfp4 import MXFP4
+from gptoss_jax.kernels.mxfp4 import MXFP4, decode_planes
+from gptoss_jax.kernels.product import matmul
 
 _MOST_ROWS = 256  # in a tile: a longer one would pad small groups without making the product faster
 
@@ -45,7 +45,7 @@ def moe_matmul(
         size = group_sizes[expert]
         start = row_ends[expert] - size + (-(-size // tile) - tiles_left) * tile
         rows = lax.dynamic_slice_in_dim(padded, start, tile)
-        product = _product(rows, _matrix(weight, expert, x.dtype)) + bias[expert].astype(jnp.float32)
+        product = _product(rows, weight, expert) + bias[expert].astype(jnp.float32)
         mine = (start + jnp.arange(tile) < row_ends[expert])[:, None]
         kept = lax.dynamic_slice_in_dim(out, start, tile)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product, kept), start, axis=0)
@@ -54,16 +54,17 @@ def moe_matmul(
     return lax.fori_loop(0, tile_ends[-1], one_tile, out)[:num_rows]
 
 
-def _matrix(weight: MXFP4 | Float[Array, "E O I"], expert: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "O I"]:
+def _product(
+    rows: Float[Array, "tile I"], weight: MXFP4 | Float[Array, "E O I"], expert: Int[Array, ""]
+) -> Float[Array, "tile O"]:
+    """rows · weight[expert]ᵀ; of packed weights the sum over even inputs, then that over odd ones."""
+    # Without the barrier XLA on CPU, whose products are of float32, widens all experts' bfloat16 once before the loop.
+    weight, expert = lax.optimization_barrier((weight, expert))
     chosen = weight[expert]
-    return chosen.decode(dtype) if isinstance(chosen, MXFP4) else chosen.astype(dtype)
-
-
-def _product(rows: Float[Array, "tile I"], matrix: Float[Array, "O I"]) -> Float[Array, "tile O"]:
-    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
-    return lax.dot_general(
-        rows, matrix, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    if not isinstance(chosen, MXFP4):
+        return matmul(rows, chosen.astype(rows.dtype))
+    even, odd = decode_planes(chosen.blocks, chosen.scales, rows.dtype)
+    return matmul(rows[:, 0::2], even) + matmul(rows[:, 1::2], odd)
 
 
 def _tile_rows(num_rows: int, num_experts: int) -> int:

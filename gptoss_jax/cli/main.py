@@ -1,0 +1,191 @@
+"""The parser of every command, and what an error looks like. Imports no jax: `--help` answers at once."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import gptoss_jax
+from gptoss_jax.errors import UserError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. 0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 130 Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    module, function = options.run.split(":")
+    try:
+        return getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)(options)
+    except UserError as error:
+        print(f"gptoss-jax {options.command}: {error}", file=sys.stderr)
+        return _EXIT_USER_ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"gptoss-jax {options.command}: {where}{error.strerror or error}", file=sys.stderr)
+        return _EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from here" if options.command == "convert" else ""
+        print(f"\ngptoss-jax {options.command}: interrupted{hint}", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptoss-jax",
+        description="Convert, check and run OpenAI's gpt-oss models in JAX.",
+        epilog="gptoss-jax COMMAND --help says more. First time: gptoss-jax demo",
+    )
+    parser.add_argument("--version", action="version", version=f"gptoss-jax {gptoss_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_demo, _init, _convert, _export, _verify, _inspect, _generate):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Commands, name: str, run: str, *, help: str, description: str | None = None
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description or f"{help[0].upper()}{help[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _demo(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "demo:run",
+        help="make a small model, convert it onto simulated devices, and generate",
+        description="Makes a small checkpoint of the released layout with random weights, converts it onto a mesh of\n"
+        "simulated CPU devices with its experts sharded, generates from it, and shows what lies where.",
+    )
+    parser.add_argument("--model", default="demo", help="a model's name; the default is small enough for any machine")
+    parser.add_argument("--mesh", default="data=1,expert=4,tensor=2", help="default: %(default)s")
+    parser.add_argument("--keep", metavar="DIR", help="keep the folders it makes in DIR")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
+
+
+def _init(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "init",
+        "weights:init",
+        help="write a synthetic checkpoint of the released layout",
+        description="Writes a checkpoint in the exact released layout with random, numerically sane weights and a\n"
+        "byte tokenizer: a stand-in of any size where the real one cannot be downloaded.",
+    )
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("--model", required=True, help="gpt-oss-20b, gpt-oss-120b, tiny, …")
+    parser.add_argument("--layers", type=int, metavar="N", help="keep only the first N layers")
+    parser.add_argument("--num-experts", type=int, metavar="N", help="give every layer N experts")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--layout", choices=("hf", "original"), default="hf", help="default: %(default)s")
+    parser.add_argument("--experts", choices=("mxfp4", "bf16"), default="mxfp4", help="how experts are stored")
+
+
+def _convert(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "weights:convert",
+        help="convert a release (Hugging Face or original/) into a sharded Orbax checkpoint",
+        description="Converts a Hugging Face folder or OpenAI's original/ folder into a sharded Orbax checkpoint.\n"
+        "Memory stays bounded, and every tensor byte for byte. Interrupted, the same command goes on where it was;\n"
+        "meanwhile the work is in DST.unfinished. No accelerator is used.",
+    )
+    parser.add_argument("source", metavar="SRC", help="a folder with config.json and *.safetensors")
+    parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    _mesh(parser, default="data=1,expert=1,tensor=1", help="cut files for this mesh (any other can load them too)")
+    parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="how to store experts; default: as they are")
+    _scale_rule(parser)
+    group = parser.add_argument_group(
+        "several processes, each with these three and the same SRC and DST on a shared disk"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+
+
+def _export(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "weights:export",
+        help="write a checkpoint back as a Hugging Face or original/ folder",
+        description="Writes a converted checkpoint back as a folder that transformers (hf) or OpenAI's loader\n"
+        "(original) takes. MXFP4 checkpoints come back byte for byte.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint")
+    parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    parser.add_argument("--format", choices=("hf", "original"), required=True)
+    parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="how to store experts; default: as they are")
+    _scale_rule(parser)
+
+
+def _verify(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "weights:verify",
+        help="find damage in a checkpoint, down to one bit",
+        description="Reads every file of a checkpoint and compares it with the manifest. A fault names the tensor,\n"
+        "and the exit code is 1.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint")
+    parser.add_argument("--against", metavar="SRC", help="compare with the release it came from too, by SHA-256")
+
+
+def _inspect(commands: Commands) -> None:
+    parser = _command(
+        commands, "inspect", "weights:inspect", help="show config, tensors, sizes and shardings of a folder"
+    )
+    parser.add_argument("path", metavar="PATH", help="a converted checkpoint, a Hugging Face or an original/ folder")
+    _mesh(parser, default=None, help="show where each parameter would lie on this mesh")
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
+def _generate(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "generate",
+        "text:generate",
+        help="continue a text",
+        description="Continues a text, streaming to stdout; time to first token and tokens per second go to stderr.\n"
+        "The text is taken as it is: no chat format is put around it.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="the prompt; - reads it from stdin")
+    parser.add_argument("--tokens", metavar="IDS", help="the prompt as ids: 1,2,3")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=0, help="only the K best ids; default: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="only the best ids that add up to P; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    _mesh(parser, default=None, help="shard over this mesh")
+    parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU")
+    parser.add_argument("--json", action="store_true", help="one JSON object at the end, for machines")
+
+
+def _mesh(parser: argparse.ArgumentParser, *, default: str | None, help: str) -> None:
+    shown = f"; default: {default}" if default else ""
+    parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", default=default, help=help + shown)
+
+
+def _scale_rule(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scale-rule",
+        choices=("even", "floor", "up"),
+        default="even",
+        help="block scales where bf16 experts are packed; default: %(default)s",
+    )

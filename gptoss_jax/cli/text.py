@@ -1,0 +1,119 @@
+"""`generate`: a prompt in, streamed text or JSON out, timings beside it. Knows text and ids; samples nothing itself."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from gptoss_jax import checkpoint
+from gptoss_jax.cli import devices
+from gptoss_jax.engine.generate import STOP_IDS
+from gptoss_jax.engine.generate import generate as generate_ids
+from gptoss_jax.errors import UserError
+from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.sharding import MeshShape, make_mesh
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds of one generation. The first token's include compiling and the prompt, the others' do not."""
+
+    first: float = 0.0
+    others: float = 0.0
+    num_ids: int = 0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second after the first."""
+        return (self.num_ids - 1) / self.others if self.num_ids > 1 else None
+
+    def describe(self) -> str:
+        rate = "" if self.rate is None else f", then {self.rate:.2f} tokens/s"
+        return f"{self.num_ids} tokens, first after {self.first:.2f} s{rate}"
+
+
+def generate(options: argparse.Namespace) -> int:
+    if options.host_devices is not None:
+        devices.simulate(options.host_devices)
+    mesh = None if options.mesh is None else make_mesh(**dataclasses.asdict(MeshShape.parse(options.mesh)))
+    path = Path(options.checkpoint)
+    checkpoint.sniff(path)
+    tokenizer, prompt = _prompt(path, options)
+    model = checkpoint.load(path, mesh=mesh, dtype=jnp.dtype(options.dtype))
+    timing, ids = Timing(), []
+    stream = tokenizer.stream() if tokenizer and not options.json else None
+    for token_id in timed(_ids(model, prompt, options), timing):
+        ids.append(token_id)
+        if stream:
+            print(stream.push(token_id), end="", flush=True)
+        elif not options.json:
+            print(token_id, end=" ", flush=True)
+    if options.json:
+        print(json.dumps(_document(model, tokenizer, prompt, ids, timing)))
+    else:
+        print(stream.finish() if stream else "")
+        print(timing.describe(), file=sys.stderr)
+    return 0
+
+
+def timed(ids: Iterator[int], timing: Timing) -> Iterator[int]:
+    """The ids, with `timing` filled in as they come."""
+    start = time.perf_counter()
+    for timing.num_ids, token_id in enumerate(ids, 1):
+        elapsed = time.perf_counter() - start
+        if timing.num_ids == 1:
+            timing.first = elapsed
+        timing.others = elapsed - timing.first
+        yield token_id
+
+
+def _prompt(path: Path, options: argparse.Namespace) -> tuple[Tokenizer | None, list[int]]:
+    """With ids a tokenizer is a comfort, with text a need."""
+    if (options.text is None) == (options.tokens is None):
+        raise UserError("expected a TEXT or --tokens, one of the two")
+    if options.tokens is not None:
+        tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+        return tokenizer, _parse_ids(options.tokens)
+    tokenizer = load_tokenizer(path)
+    return tokenizer, tokenizer.encode(sys.stdin.read() if options.text == "-" else options.text)
+
+
+def _parse_ids(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdecimal()):
+            raise UserError(f"--tokens holds {word!r}; expected ids separated by commas, as in 1,2,3")
+    return [int(word) for word in words]
+
+
+def _ids(model: GptOss, prompt: Sequence[int], options: argparse.Namespace) -> Iterator[int]:
+    return generate_ids(
+        model,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _document(
+    model: GptOss, tokenizer: Tokenizer | None, prompt: Sequence[int], ids: Sequence[int], timing: Timing
+) -> dict[str, object]:
+    return {
+        "prompt_ids": list(prompt),
+        "ids": list(ids),
+        "text": tokenizer.decode(ids) if tokenizer else None,
+        "stopped_by": ids[-1] if ids and ids[-1] in STOP_IDS else None,
+        "seconds_to_first_token": timing.first,
+        "tokens_per_second": timing.rate,
+        "mesh": None if model.mesh is None else dict(model.mesh.shape),
+        "dtype": str(model.dtype),
+    }

@@ -1,0 +1,122 @@
+"""`init`, `convert`, `export`, `verify`, `inspect`: arguments in, a bar or a table out. Knows no format itself."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from gptoss_jax.cli import devices
+from gptoss_jax.cli.terminal import progress, size, table
+from gptoss_jax.configs import model_config
+from gptoss_jax.convert import conversion, names, synthetic
+from gptoss_jax.convert.export import export as export_folder
+from gptoss_jax.convert.inspection import inspect_folder
+from gptoss_jax.convert.verification import verify as verify_checkpoint
+from gptoss_jax.errors import UserError
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.sharding import MeshShape
+
+
+def init(options: argparse.Namespace) -> int:
+    config = _cut(model_config(options.model), layers=options.layers, num_experts=options.num_experts)
+    tensors = names.file_tensors(config, layout=options.layout, experts=options.experts)
+    total, done, start = sum(tensor.nbytes for tensor in tensors), 0, time.perf_counter()
+    with progress("writing") as show:
+
+        def on_bytes(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            show(done, total)
+
+        synthetic.write_checkpoint(
+            Path(options.out),
+            config,
+            seed=options.seed,
+            layout=options.layout,
+            experts=options.experts,
+            on_bytes=on_bytes,
+        )
+    _report(options.out, total, start)
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    mesh = MeshShape.parse(options.mesh)
+    num_processes = devices.join(options.coordinator, options.num_processes, options.process_id)
+    devices.simulate_mesh(mesh, num_processes=num_processes)
+    start, total = time.perf_counter(), 0
+    with progress("converting", shown=jax.process_index() == 0) as show:
+
+        def on_progress(done: int, all_bytes: int) -> None:
+            nonlocal total
+            total = all_bytes
+            show(done, all_bytes)
+
+        conversion.convert(
+            Path(options.source),
+            Path(options.destination),
+            mesh=mesh,
+            experts=options.experts,
+            scale_rule=options.scale_rule,
+            on_progress=on_progress,
+        )
+    if jax.process_index() == 0:
+        _report(options.destination, total, start)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    devices.simulate(1)
+    start = time.perf_counter()
+    with progress("exporting") as show:
+        export_folder(
+            Path(options.checkpoint),
+            Path(options.destination),
+            layout=options.format,
+            experts=options.experts,
+            scale_rule=options.scale_rule,
+            on_progress=show,
+        )
+    print(f"{options.destination}: written in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    devices.simulate(1)
+    against = None if options.against is None else Path(options.against)
+    with progress("verifying") as show:
+        faults = verify_checkpoint(Path(options.checkpoint), against=against, on_progress=show)
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{options.checkpoint}: {len(faults)} faults; convert or copy it again", file=sys.stderr)
+        return 1
+    print(f"{options.checkpoint}: whole" + (f", and equal to {options.against}" if options.against else ""))
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    found = inspect_folder(Path(options.path), mesh=None if options.mesh is None else MeshShape.parse(options.mesh))
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+        return 0
+    raise NotImplementedError(size(0), table)
+
+
+def _cut(config: ModelConfig, *, layers: int | None, num_experts: int | None) -> ModelConfig:
+    if layers is not None:
+        if not 1 <= layers <= config.num_layers:
+            raise UserError(f"--layers is {layers}; the model has 1 to {config.num_layers} to keep")
+        config = dataclasses.replace(config, layer_kinds=config.layer_kinds[:layers])
+    if num_experts is not None:
+        config = dataclasses.replace(config, num_experts=num_experts)
+    return config
+
+
+def _report(folder: str, nbytes: int, start: float) -> None:
+    seconds = time.perf_counter() - start
+    print(f"{folder}: {size(nbytes)} in {seconds:.1f} s, {size(nbytes / seconds)}/s", file=sys.stderr)

@@ -1,0 +1,176 @@
+"""The model on meshes of eight simulated devices: the numbers of one device, and no communication but the sums."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptoss_jax.engine.generate import generate
+from gptoss_jax.errors import UserError
+from gptoss_jax.model.cache import Cache
+from gptoss_jax.model.config import alternating_layers
+from gptoss_jax.model.transformer import GptOss, abstract_model, parameters, with_parameters
+from gptoss_jax.sharding import MeshShape, make_mesh, place
+from tests.tiny import TINY
+
+# An expert width of 6 blocks, so that two devices hold three each; TINY's 7 do not divide.
+CONFIG = dataclasses.replace(TINY, layer_kinds=alternating_layers(2), expert_width=192)
+ROWS, PROMPT = 4, 11
+SAME = 1e-5  # of the logits' spread: sums of float32 shards in another order
+
+MESHES = [
+    MeshShape(data=1, expert=4, tensor=2),
+    MeshShape(data=2, expert=2, tensor=2),
+    pytest.param(MeshShape(data=4, expert=2, tensor=1), marks=pytest.mark.slow),
+    pytest.param(MeshShape(data=1, expert=8, tensor=1), marks=pytest.mark.slow),
+    pytest.param(MeshShape(data=2, expert=1, tensor=1), marks=pytest.mark.slow),
+    pytest.param(MeshShape(data=1, expert=1, tensor=2), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> GptOss:
+    """On one device, with biases that a shard could wrongly add again."""
+    model = GptOss(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for path, value in parameters(model).items():
+        if path.endswith(".bias"):
+            value[...] = jnp.asarray(0.5 * rng.standard_normal(value.shape), jnp.float32)
+    return model
+
+
+@pytest.fixture(scope="module")
+def crowded(model: GptOss) -> dict[str, jax.Array]:
+    """The parameters with a router that sends every token to experts 5 and 6: on most meshes to two devices."""
+    values = {path: value[...] for path, value in parameters(model).items()}
+    for path in values:
+        if path.endswith("router.bias"):
+            values[path] = values[path].at[jnp.array([5, 6])].set(100.0)
+    return values
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(2).integers(CONFIG.vocab_size, size=(ROWS, PROMPT + 1), dtype=np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def extend(graph: Any, parameters: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    model = nnx.merge(graph, parameters)
+    hidden, cache = model.extend(tokens, cache, count=jnp.full(tokens.shape[0], tokens.shape[1]))
+    return model.logits(hidden), cache
+
+
+def prefill_and_decode(model: GptOss, tokens: np.ndarray) -> np.ndarray:
+    """Logits of a prompt fed at once and of one more token after it."""
+    split = nnx.split(model)
+    cache = model.empty_cache(rows=ROWS, capacity=30)
+    prefilled, cache = extend(*split, jnp.asarray(tokens[:, :PROMPT]), cache)
+    decoded, _ = extend(*split, jnp.asarray(tokens[:, PROMPT:]), cache)
+    return np.concatenate([prefilled, decoded], axis=1)
+
+
+@pytest.fixture(scope="module")
+def expected(model: GptOss, tokens: np.ndarray) -> np.ndarray:
+    return prefill_and_decode(model, tokens)
+
+
+@pytest.fixture(scope="module")
+def expected_crowded(model: GptOss, crowded: dict[str, jax.Array], tokens: np.ndarray) -> np.ndarray:
+    return prefill_and_decode(with_parameters(model, crowded), tokens)
+
+
+def on_mesh(values: dict[str, jax.Array], shape: MeshShape) -> GptOss:
+    mesh = make_mesh(**dataclasses.asdict(shape))
+    model = abstract_model(CONFIG, dtype=jnp.float32, mesh=mesh)
+    placed = {
+        path: jax.device_put(values[path], place(path, value.shape, value.get_metadata()["axes"], mesh))
+        for path, value in parameters(model).items()
+    }
+    return with_parameters(model, placed)
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def shape(request: pytest.FixtureRequest) -> MeshShape:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sharded(model: GptOss, shape: MeshShape) -> GptOss:
+    return on_mesh({path: value[...] for path, value in parameters(model).items()}, shape)
+
+
+def assert_same(ours: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(ours - expected).max() / expected.std() < SAME
+
+
+def test_logits_are_those_of_one_device(sharded: GptOss, tokens: np.ndarray, expected: np.ndarray):
+    assert_same(prefill_and_decode(sharded, tokens), expected)
+
+
+def test_crowded_experts_drop_no_token(shape: MeshShape, crowded, tokens, expected_crowded):
+    assert_same(prefill_and_decode(on_mesh(crowded, shape), tokens), expected_crowded)
+
+
+def test_every_device_holds_its_share_of_the_experts(sharded: GptOss, shape: MeshShape):
+    blocks = parameters(sharded)["layers.1.moe.gate_up.blocks"][...]
+    assert blocks.shape == (8, 192, 2, 5, 16)
+    share = (8 // shape.expert, 192 // shape.tensor, 2, 5, 16)
+    assert {shard.data.shape for shard in blocks.addressable_shards} == {share}
+    scales = parameters(sharded)["layers.1.moe.down.scales"][...]
+    share = (8 // shape.expert, 160, 6 // shape.tensor)
+    assert {shard.data.shape for shard in scales.addressable_shards} == {share}
+
+
+@pytest.mark.parametrize("num_tokens", [PROMPT, 1], ids=["prefill", "decode"])
+def test_devices_exchange_nothing_but_sums_of_activations(sharded: GptOss, shape: MeshShape, num_tokens: int):
+    """One sum for the embedding, whose rows lie apart, and two for each layer: of heads, and of experts and width."""
+    arguments = jnp.zeros((ROWS, num_tokens), jnp.int32), sharded.empty_cache(rows=ROWS, capacity=30)
+    program = extend.lower(*nnx.split(sharded), *arguments).compile().as_text()
+    exchange = r" = \(?(\w+\[[\d,]*\]).* (all-[\w-]+|collective-[\w-]+|reduce-scatter[\w-]*|ragged-[\w-]+)\("
+    found = [(kind, size) for size, kind in re.findall(exchange, program)]
+    # The sum over experts and width is written out in the model and stays in the program when one device is all it has.
+    sums = (1 + CONFIG.num_layers) * (shape.tensor > 1) + CONFIG.num_layers
+    assert found == [("all-reduce", f"f32[{ROWS // shape.data},{num_tokens},{CONFIG.width}]")] * sums
+
+
+def test_caches_lie_with_their_rows_and_heads(sharded: GptOss, shape: MeshShape):
+    cache = sharded.empty_cache(rows=ROWS, capacity=30)
+    _, grown = extend(*nnx.split(sharded), jnp.zeros((ROWS, 1), jnp.int32), cache)
+    for layer, slots in zip(grown.layers, (CONFIG.sliding_window, 30), strict=True):
+        share = (ROWS // shape.data, slots, CONFIG.num_kv_heads // shape.tensor, CONFIG.head_dim)
+        assert {shard.data.shape for shard in layer.k.addressable_shards} == {share}
+
+
+def test_one_row_runs_on_a_mesh_that_splits_rows(model: GptOss):
+    """Rows that `data` does not divide run whole everywhere, and the loop compiles a chunk and a token, no more."""
+    sharded = on_mesh({path: value[...] for path, value in parameters(model).items()}, MeshShape(2, 2, 2))
+    compiled: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    settings = {"max_new_tokens": 7, "temperature": 0.0}
+    expected = list(generate(model, [5, 200, 31], **settings))
+    list(generate(sharded, [300, 1, 2], **settings))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert list(generate(sharded, [5, 200, 31], **settings)) == expected
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
+def test_a_width_that_the_mesh_would_cut_inside_a_block_is_refused(model: GptOss):
+    mesh = make_mesh(tensor=4)
+    blocks = parameters(model)["layers.0.moe.down.blocks"]
+    axes = blocks.get_metadata()["axes"]
+    with pytest.raises(UserError, match=r"down\.blocks has expert_width_blocks=6, which mesh axis tensor=4"):
+        place("layers.0.moe.down.blocks", blocks.shape, axes, mesh)
