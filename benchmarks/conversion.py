@@ -30,10 +30,16 @@ def main() -> int:
     )
     parser.add_argument("--model", default="gpt-oss-20b", help="default: %(default)s")
     parser.add_argument(
-        "--layers", type=int, nargs="+", metavar="N", help="measure it cut to its first N layers; several show growth"
+        "--layers",
+        type=report.positive,
+        nargs="+",
+        metavar="N",
+        help="measure it cut to its first N layers; several show growth",
     )
     parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", help="cut the checkpoint for this mesh")
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of cp, convert; default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=report.positive, default=2, metavar="N", help="of cp, convert; default: %(default)s"
+    )
     parser.add_argument(
         "--cache",
         choices=("warm", "cold"),
@@ -49,13 +55,13 @@ def main() -> int:
 def _benchmark(options: argparse.Namespace) -> None:
     result = report.document("conversion", options)
     result |= {"model": options.model, "mesh": options.mesh, "cache": options.cache, "experts": "mxfp4"}
-    result["filesystem"] = run(["df", "--output=fstype", options.dir]).output.split()[-1]
     result["runs"] = []
     for layers in options.layers or [None]:
         cut = [] if layers is None else ["--layers", str(layers)]
         sizes = json.loads(run(module("sizes", "--model", options.model, *cut)).output)
         with work_folder(options.dir, needed_bytes=int(_COPIES * sizes["release"])) as folder:
             result["runs"].append({"layers": sizes["layers"], "steps": _measure(folder, cut, options)})
+    result["filesystem"] = run(["df", "--output=fstype", options.dir]).output.split()[-1]
     report.describe(result)
     for measured in result["runs"]:
         title = f"{options.model}, {measured['layers']} layers, page cache {options.cache}, {result['filesystem']}"

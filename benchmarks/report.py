@@ -33,8 +33,15 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return found
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; expected 1 or more")
+    return int(text)
+
+
 def main(benchmark: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Runs a benchmark. 2 is input that cannot be used, 1 a measured command that failed; each says why."""
+    """Runs a benchmark. 2 is input that cannot be used, 1 a measured command that failed, 130 Ctrl-C; each says why."""
     try:
         benchmark(options)
     except UserError as error:
@@ -43,6 +50,9 @@ def main(benchmark: Callable[[argparse.Namespace], None], options: argparse.Name
     except CommandFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing is kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,11 +7,13 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import report
 from gptoss_jax.configs import model_config
 from gptoss_jax.convert.names import file_tensors
 from gptoss_jax.model.config import ModelConfig
@@ -20,11 +22,14 @@ from gptoss_jax.model.transformer import abstract_model, parameters
 _EXPERTS, _ATTENTION, _UNEMBEDDING, _REST = "experts", "attention", "unembedding", "norms, routers, one embedding"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--layers", type=int, help="keep only the first ones")
-    options = parser.parse_args()
+    return report.main(_count, parser.parse_args())
+
+
+def _count(options: argparse.Namespace) -> None:
     jax.config.update("jax_platforms", "cpu")
     config = model_config(options.model)
     config = dataclasses.replace(config, layer_kinds=config.layer_kinds[: options.layers])
@@ -37,7 +42,7 @@ def release_bytes(config: ModelConfig) -> int:
 
 
 def token_bytes(config: ModelConfig) -> dict[str, int]:
-    """Of the weights that a token decoded alone must read, by kind: 4 of the experts, one row of the embedding, the
+    """Of the weights that a token decoded alone must read, by kind: its own experts, one row of the embedding, the
     others whole. Keys and values are left out: 49 kB a token in the 20b, little beside the weights in a short text."""
     found: Counter[str] = Counter()
     for name, parameter in parameters(abstract_model(config, dtype=jnp.bfloat16)).items():
@@ -54,4 +59,4 @@ def token_bytes(config: ModelConfig) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,9 @@ def main() -> int:
         "Starts each command many times, in turn, and takes the median. What a command is compared with is what it\n"
         "could not be faster than: `python -c pass`, or `import jax` for what needs jax.",
     )
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="of each command; default: %(default)s")
+    parser.add_argument(
+        "--runs", type=report.positive, default=20, metavar="N", help="of each command; default: %(default)s"
+    )
     return report.main(_benchmark, parser.parse_args())
 
 

@@ -184,7 +184,7 @@ def _check_tensors(path: Path, folder: TensorFolder, expected: tuple[FileTensor,
     layout = {tensor.name: tensor for tensor in expected}
     missing = [name for name in layout if name not in folder.tensors]
     if missing:
-        raise UserError(_missing(path, missing[0], folder.tensors))
+        raise UserError(_missing(path, missing[0], layout, folder.tensors))
     for name in sorted(folder.tensors.keys() - layout.keys()):
         near = difflib.get_close_matches(name, layout, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -201,10 +201,13 @@ def _check_tensors(path: Path, folder: TensorFolder, expected: tuple[FileTensor,
             )
 
 
-def _missing(path: Path, name: str, found: Mapping[str, object]) -> str:
+def _missing(path: Path, name: str, layout: Mapping[str, FileTensor], found: Mapping[str, object]) -> str:
     twin = name.replace("blocks", "scales") if "blocks" in name else name.replace("scales", "blocks")
     if twin != name and twin in found:
         return f"{path} has tensor {twin} but not {name}; MXFP4 experts need both: get the folder again"
+    near = difflib.get_close_matches(name, found.keys() - layout.keys(), n=1)
+    hint = f", {near[0]} is there instead" if near else ""
     return (
-        f"{path}: tensor {name} is missing; its config.json asks for it: get the folder again, or its right config.json"
+        f"{path}: tensor {name} is missing{hint}; its config.json asks for it: "
+        "get the folder again, or its right config.json"
     )

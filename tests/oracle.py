@@ -45,8 +45,8 @@ def rope_tables(
 ) -> tuple[Float[np.ndarray, "T half"], Float[np.ndarray, "T half"]]:
     """Cosines and sines of the angles by which each position turns each pair, times YaRN's concentration.
 
-    YaRN (arXiv:2309.00071) leaves the pairs that turn more than beta_fast times within the original context as they are,
-    slows those that turn less than beta_slow times by the factor, and blends linearly in between.
+    YaRN (arXiv:2309.00071) leaves the pairs that turn more than beta_fast times within the original context as they
+    are, slows those that turn less than beta_slow times by the factor, and blends linearly in between.
     """
     rope = config.get("rope_parameters") or {"rope_theta": config["rope_theta"], **config["rope_scaling"]}
     half = config["head_dim"] // 2

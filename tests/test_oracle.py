@@ -166,7 +166,7 @@ def draw_tensors(config: dict[str, Any], *, seed: int) -> dict[str, np.ndarray]:
 
     def mxfp4(name: str, rows: int, columns: int) -> None:
         tensors[name + "_blocks"] = rng.integers(256, size=(experts, rows, columns // 32, 16), dtype=np.uint8)
-        # Random codes have a root mean square of 2.9: scales of 2^-6 to 2^-3 make sums of order one, often past the limit.
+        # Random codes have a root mean square of 2.9: scales of 2^-6 to 2^-3 make sums that sometimes pass the limit.
         tensors[name + "_scales"] = rng.integers(121, 125, size=(experts, rows, columns // 32), dtype=np.uint8)
         normal(name + "_bias", experts, rows, scale=0.3)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -13,10 +14,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130
+_EXIT_BROKEN_PIPE = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. 0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 130 Ctrl-C."""
+    """Runs one command. 0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 130 Ctrl-C, 141 a closed pipe."""
     options = _parser().parse_args(arguments)
     module, function = options.run.split(":")
     try:
@@ -24,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"gptoss-jax {options.command}: {error}", file=sys.stderr)
         return _EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; and Python would complain again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"gptoss-jax {options.command}: {where}{error.strerror or error}", file=sys.stderr)

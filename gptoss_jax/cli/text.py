@@ -22,20 +22,18 @@ from gptoss_jax.sharding import MeshShape, make_mesh
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds of one generation. The first token's include compiling and the prompt, the others' do not."""
+    """When the ids of one generation came, in seconds. The first two waited for their steps to be compiled."""
 
-    first: float = 0.0
-    others: float = 0.0
-    num_ids: int = 0
+    times: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second after the first."""
-        return (self.num_ids - 1) / self.others if self.num_ids > 1 else None
+        """Tokens per second from the third on."""
+        return (len(self.times) - 2) / (self.times[-1] - self.times[1]) if len(self.times) > 2 else None
 
     def describe(self) -> str:
-        rate = "" if self.rate is None else f", then {self.rate:.2f} tokens/s"
-        return f"{self.num_ids} tokens, first after {self.first:.2f} s{rate}"
+        rate = "" if self.rate is None else f", {self.rate:.2f} tokens/s from the third on"
+        return f"{len(self.times)} tokens, the first after {self.times[0]:.2f} s (with compiling){rate}"
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -65,11 +63,8 @@ def generate(options: argparse.Namespace) -> int:
 def timed(ids: Iterator[int], timing: Timing) -> Iterator[int]:
     """The ids, with `timing` filled in as they come."""
     start = time.perf_counter()
-    for timing.num_ids, token_id in enumerate(ids, 1):
-        elapsed = time.perf_counter() - start
-        if timing.num_ids == 1:
-            timing.first = elapsed
-        timing.others = elapsed - timing.first
+    for token_id in ids:
+        timing.times.append(time.perf_counter() - start)
         yield token_id
 
 
@@ -112,7 +107,7 @@ def _document(
         "ids": list(ids),
         "text": tokenizer.decode(ids) if tokenizer else None,
         "stopped_by": ids[-1] if ids and ids[-1] in STOP_IDS else None,
-        "seconds_to_first_token": timing.first,
+        "seconds_to_first_token": timing.times[0],
         "tokens_per_second": timing.rate,
         "mesh": None if model.mesh is None else dict(model.mesh.shape),
         "dtype": str(model.dtype),

@@ -14,7 +14,7 @@ from gptoss_jax.cli.terminal import progress, size, table
 from gptoss_jax.configs import model_config
 from gptoss_jax.convert import conversion, names, synthetic
 from gptoss_jax.convert.export import export as export_folder
-from gptoss_jax.convert.inspection import inspect_folder
+from gptoss_jax.convert.inspection import Group, Inspection, Total, inspect_folder
 from gptoss_jax.convert.verification import verify as verify_checkpoint
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
@@ -104,7 +104,60 @@ def inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.to_json(), indent=1))
         return 0
-    raise NotImplementedError(size(0), table)
+    _print_inspection(found)
+    return 0
+
+
+def _print_inspection(found: Inspection) -> None:
+    """Sizes, then one row for the tensors that are alike in all layers, then the sums."""
+    total = found.total
+    print(f"{found.path}: {found.format}" + (f", {found.experts} experts" if found.experts else ""))
+    if found.unfinished is not None:
+        stored = size(found.unfinished.stored_nbytes)
+        print(f"The conversion has not finished: {stored} are stored. The same convert command goes on with it.")
+        return
+    if found.config is not None:
+        print(_describe(found.config))
+    if found.origin is not None:
+        print(f"converted from {found.origin.layout} ({found.origin.experts} experts) for mesh {found.origin.mesh}")
+    columns = ["tensor", "dtype", "shape", "number", "bytes"]
+    rows = [
+        [group.name, group.tensors[0].dtype, _shape(group.tensors[0].shape), *_counted(group.total), *_placed(group)]
+        for group in found.grouped()
+    ]
+    sums = [[kind, "", "", *_counted(of_kind), *_per_device(of_kind)] for kind, of_kind in found.totals.items()]
+    if found.mesh is not None:
+        columns += [f"cut on {found.mesh}", "bytes per device"]
+        sums = [[*row[:5], "", *row[5:]] for row in sums]
+    table("", columns, [*rows, [""] * len(columns), *sums])
+    print(f"{total.num_values / 1e9:.2f} B parameters in {size(total.nbytes)}")
+
+
+def _describe(config: ModelConfig) -> str:
+    heads = f"{config.num_heads} query and {config.num_kv_heads} key/value heads of {config.head_dim}"
+    experts = f"{config.experts_per_token} of {config.num_experts} experts of {config.expert_width}"
+    context = f"context {config.max_context}, window {config.sliding_window}"
+    return f"{config.num_layers} layers of {config.width}, {heads}, {experts}, {config.vocab_size} ids, {context}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _counted(total: Total) -> list[str]:
+    return [str(total.num_tensors), size(total.nbytes)]
+
+
+def _placed(group: Group) -> list[str]:
+    """Where the mesh cuts it, dimension by dimension; nothing without a mesh."""
+    sharding = group.tensors[0].sharding
+    if sharding is None:
+        return []
+    return [", ".join(axis or "·" for axis in sharding), *_per_device(group.total)]
+
+
+def _per_device(total: Total) -> list[str]:
+    return [] if total.device_nbytes is None else [size(total.device_nbytes)]
 
 
 def _cut(config: ModelConfig, *, layers: int | None, num_experts: int | None) -> ModelConfig:

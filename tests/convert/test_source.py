@@ -45,7 +45,7 @@ def rewritten(source: Path, target: Path, change: Callable[[Tensors], object]) -
     change(tensors)
     specs = [FileTensor(name, array.dtype, array.shape, ()) for name, array in tensors.items()]
     small = {path.name: path.read_bytes() for path in source.iterdir() if "safetensors" not in path.name}
-    write_folder(target, specs, lambda name: [np.ascontiguousarray(tensors[name])], beside=small)
+    write_folder(target, specs, lambda name: [tensors[name].tobytes()], beside=small)
     return target
 
 
@@ -111,8 +111,7 @@ def test_packing_decoded_experts_again_keeps_every_value(rule, folders: dict[str
         blocks = packed.read(f"{stem}.blocks", whole((*shape[:-1], shape[-1] // 32, 16)))
         scales = packed.read(f"{stem}.scales", whole((*shape[:-1], shape[-1] // 32)))
         values = plain.read(f"{stem}.weight", whole(shape))
-        # Every block holds values k * 2^n with at most 4 bits in k, of which the largest decides the scale: only "floor"
-        # may cut the largest off (see mxfp4.encode), and does not here, since the largest code is 6 of its own scale.
+        # Codes are 1 or 1.5 times a power of two: by every rule the largest of a block becomes 4 or 6, without rounding.
         np.testing.assert_array_equal(mxfp4.decode_on_host(blocks, scales).astype(float), values.astype(float))
         box = (slice(3, 5), *whole(shape[1:-1]), slice(1, 4))
         assert packed.read(f"{stem}.scales", box).tobytes() == np.ascontiguousarray(scales[box]).tobytes()
@@ -154,7 +153,7 @@ def cast(name: str, dtype: type) -> Callable[[Tensors], object]:
         (
             lambda tensors: tensors.update({"model.layers.2.input_layernorm.weight": tensors["model.norm.weight"]}),
             " holds tensor model.layers.2.input_layernorm.weight, which no gpt-oss of its config.json has; "
-            "did you mean model.layers.0.input_layernorm.weight?",
+            "did you mean model.layers.1.input_layernorm.weight?",
         ),
         (lambda tensors: tensors.update({"x": np.zeros(3, np.uint8)}), " holds tensor x, which no gpt-oss"),
         (
@@ -190,10 +189,10 @@ def cast(name: str, dtype: type) -> Callable[[Tensors], object]:
         ),
         (
             rename(f"{LAYER}self_attn.sinks", f"{LAYER}self_attn.sink"),
-            f"tensor {LAYER}self_attn.sinks is missing",
+            f"tensor {LAYER}self_attn.sinks is missing, {LAYER}self_attn.sink is there instead; its config.json asks",
         ),
     ],
-    ids=lambda value: None if callable(value) else re.sub(r"\W+", "_", value)[:60],
+    ids=lambda value: "change" if callable(value) else re.sub(r"\W+", "_", value)[:60],
 )
 def test_wrong_tensors_are_named(change, message, folders: dict[str, Path], tmp_path: Path):
     folder = rewritten(folders["hf"], tmp_path / "bad", change)

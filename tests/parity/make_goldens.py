@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity import cases
+from tests.parity.compare import mean_kl, relative_error
 from tests.parity.references import TransformersModel, openai_logits
 
-# Both references call the same matrix routines, so at many shapes they agree to the last bit: a wrong formula would show
-# between them, a rounding error both make would not (tests/oracle.py judges that). Every eighth kept position is enough.
+# Both references call the same matrix routines, so at many shapes they agree to the last bit: a wrong formula would
+# show between them, a rounding error of both would not (tests/oracle.py judges that). Every eighth position is enough.
 OPENAI_STRIDE = 8
-# A golden nearer to a tie than these would judge rounding, not the model: choose another seed. Logits may be off by 2e-4
-# of a spread of 3, and router logits of order one by some 1e-6.
+# A golden nearer to a tie than these would judge rounding, not the model: choose another seed. Logits may be off by
+# 2e-4 of a spread of 3, and router logits of order one by some 1e-6.
 SMALLEST_ROUTER_MARGIN = 1e-5
 SMALLEST_GREEDY_LEAD = 1e-3
 
@@ -31,7 +32,7 @@ def main(names: list[str]) -> None:
         if not names or case.name in names:
             with tempfile.TemporaryDirectory() as scratch:
                 golden = make(case, Path(scratch))
-            np.savez_compressed(case.golden, **golden)
+            np.savez_compressed(case.golden, allow_pickle=False, **golden)
             print(case.name, case.golden.stat().st_size, "bytes", str(golden["about"]))
 
 
@@ -47,7 +48,7 @@ def make(case: cases.Case, scratch: Path) -> dict[str, np.ndarray]:
     half = TransformersModel(scratch / "hf", dtype="bfloat16").logits(prompts)
     about = {
         "weights_sha256": cases.weights_sha256(scratch / "hf"),
-        "transformers_bf16_kl": cases.mean_kl(all_logits, half),
+        "transformers_bf16_kl": mean_kl(all_logits, half),
         "smallest_router_margin": float(margins.min()),
         "smallest_greedy_lead": lead,
         "spread": float(logits.std()),
@@ -64,7 +65,7 @@ def make(case: cases.Case, scratch: Path) -> dict[str, np.ndarray]:
         case.write(scratch / "original", layout="original")
         theirs = openai_logits(scratch / "original", prompt[None])[0, positions[::OPENAI_STRIDE]]
         golden["openai_logits"] = theirs
-        about["openai_against_transformers"] = cases.relative_error(theirs, logits[::OPENAI_STRIDE])
+        about["openai_against_transformers"] = relative_error(theirs, logits[::OPENAI_STRIDE])
     if about["smallest_router_margin"] < SMALLEST_ROUTER_MARGIN or lead < SMALLEST_GREEDY_LEAD:
         raise SystemExit(f"{case.name}: too near to a tie, choose another seed: {about}")
     return golden | {"about": np.array(json.dumps(about))}

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from gpt_oss.torch.model import Transformer as OpenAiModel
 from transformers import GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 
 class TransformersModel:
@@ -36,7 +37,8 @@ class TransformersModel:
             best = torch.topk(outputs[0].float(), active + 1, dim=-1).values
             layers.append(best[:, active - 1] - best[:, active])
 
-        hooks = [layer.mlp.router.register_forward_hook(keep) for layer in self._model.model.layers]
+        routers = [module for module in self._model.modules() if isinstance(module, GptOssTopKRouter)]
+        hooks = [router.register_forward_hook(keep) for router in routers]
         self.logits(tokens)
         for hook in hooks:
             hook.remove()
@@ -60,10 +62,10 @@ class TransformersModel:
     def save(self, folder: Path) -> None:
         """A bf16 checkpoint as transformers writes it, config.json in its present form.
 
-        It goes through a new model because transformers 5.23, saving one that was loaded from MXFP4, names the dequantised
-        experts `_blocks`: it then finds no experts in that folder itself, and draws them at random.
+        It goes through a new model because transformers 5.23, saving one that was loaded from MXFP4, names the
+        dequantised experts `_blocks`: it then finds no experts in that folder itself, and draws them at random.
         """
-        unquantised = GptOssForCausalLM(self._model.config).to(self._model.dtype)
+        unquantised = GptOssForCausalLM(self._model.config).bfloat16()
         unquantised.load_state_dict(self._model.state_dict())
         unquantised.save_pretrained(folder)
 

@@ -1,7 +1,7 @@
-"""One test for each mistake that other ports of gpt-oss made, wherever it shows in the logits of one device.
+"""One test for each mistake that other ports of gpt-oss made, where it shows in the logits of one device.
 
-A test of this file holds three models side by side: ours, the oracle, and an oracle that steps into the trap. Ours must
-agree with the oracle at inputs where the trapped one demonstrably does not; else the test would pass for the wrong reason.
+A test of this file holds three models side by side: ours, the oracle, and an oracle that steps into the trap. Ours
+must agree with the oracle at inputs where the trapped one demonstrably does not; else the test would prove nothing.
 """
 
 import json
@@ -21,7 +21,8 @@ from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.config import ModelConfig, RopeConfig
 from gptoss_jax.model.rope import rotate
 from tests import oracle
-from tests.parity.cases import CASES, read_config, read_tensors, relative_error
+from tests.parity.cases import CASES, read_config, read_tensors
+from tests.parity.compare import logits, relative_error
 from tests.tiny import TINY
 
 FLOAT32_ERROR = 2e-4  # of the logits' spread; a few 1e-6 are float32's own
@@ -31,7 +32,7 @@ Tensors = dict[str, np.ndarray]
 Config = dict[str, Any]
 
 
-# ---- what is compared -------------------------------------------------------------------------------------------------
+# ---- what is compared ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["whole", "token by token"])
@@ -57,7 +58,7 @@ def tokens() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def right(tiny_oracle: tuple[Config, Tensors], tokens: np.ndarray) -> np.ndarray:
-    return oracle.forward(*tiny_oracle, tokens)
+    return oracle.forward(tiny_oracle[0], tiny_oracle[1], tokens)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_nothing_is_wrong_to_begin_with(ours: np.ndarray, right: np.ndarray):
     assert relative_error(ours, right) < FLOAT32_ERROR
 
 
-# ---- attention --------------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------------------------
 
 
 def test_window_is_neither_a_key_longer_nor_shorter(tiny_oracle, tokens, ours, right):
@@ -93,7 +94,7 @@ def test_window_of_the_release_is_128_keys(tmp_path: Path):
     assert case.config.sliding_window == 128
     case.write(tmp_path / "hf")
     config, tensors = read_config(tmp_path / "hf"), read_tensors(tmp_path / "hf")
-    tokens = case.prompt[None, :140]
+    tokens = case.prompts[:1, :140]
     right = oracle.forward(config, tensors, tokens)
     wrong = oracle.forward(config | {"sliding_window": 129}, tensors, tokens)
     np.testing.assert_array_equal(wrong[:, :128], right[:, :128])
@@ -108,7 +109,7 @@ def test_sinks_are_in_the_softmax(tiny_oracle, tokens, ours, right):
     must_differ(ours, right, oracle.forward(config, one_more_key, tokens))
 
 
-# ---- rotary embedding -------------------------------------------------------------------------------------------------
+# ---- rotary embedding ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("position", "tolerance"), [(1, 1e-6), (4095, 1e-3), (5000, 1e-3), (131071, 2e-2)])
@@ -128,7 +129,7 @@ def test_yarn_range_is_not_rounded_past_the_original_context(tmp_path: Path):
     case = next(case for case in CASES if case.name == "short_context")
     case.write(tmp_path / "hf")
     config, tensors = read_config(tmp_path / "hf"), read_tensors(tmp_path / "hf")
-    tokens = case.prompt[None, :400]
+    tokens = case.prompts[:1, :400]
     assert tokens.shape[1] > case.config.rope.original_context
     right = oracle.forward(config, tensors, tokens)
     wrong = oracle.forward(with_rounded_range(config), tensors, tokens)
@@ -155,10 +156,10 @@ def test_rotary_embedding_turns_halves_not_neighbours(tiny_oracle, tokens, ours,
         return np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(x.shape)
 
     monkeypatch.setattr(oracle, "rotate", neighbours)
-    must_differ(ours, right, oracle.forward(*tiny_oracle, tokens))
+    must_differ(ours, right, oracle.forward(tiny_oracle[0], tiny_oracle[1], tokens))
 
 
-# ---- experts ----------------------------------------------------------------------------------------------------------
+# ---- experts -------------------------------------------------------------------------------------------------------
 
 
 def softmax_before_choice(logits: np.ndarray, num_active: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +175,7 @@ def softmax_twice(logits: np.ndarray, num_active: int) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("trap", [softmax_before_choice, softmax_twice])
 def test_softmax_is_over_the_chosen_experts_once(tiny_oracle, tokens, ours, right, monkeypatch, trap: Callable):
     monkeypatch.setattr(oracle, "route", trap)
-    must_differ(ours, right, oracle.forward(*tiny_oracle, tokens))
+    must_differ(ours, right, oracle.forward(tiny_oracle[0], tiny_oracle[1], tokens))
 
 
 def test_gate_and_up_alternate(tiny_oracle, tokens, ours, right):
@@ -232,7 +233,7 @@ def test_no_token_is_dropped_when_all_want_the_same_experts(tiny_oracle, tokens,
     must_differ(ours, right, oracle.forward(config, crowded, tokens))
 
 
-# ---- precision --------------------------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------------------------
 
 
 def test_residual_stream_passes_the_range_of_float16(tiny_oracle, tokens, tmp_path: Path):
@@ -263,7 +264,7 @@ def enlarged(name: str, tensor: np.ndarray, exponent: int) -> np.ndarray:
     return tensor * tensor.dtype.type(2**exponent) if name.endswith(adds) else tensor
 
 
-# ---- coincidences of the release --------------------------------------------------------------------------------------
+# ---- coincidences of the release -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [case.config for case in CASES], ids=[case.name for case in CASES])
@@ -294,17 +295,13 @@ def test_prompts_pass_the_window_and_the_original_context():
     assert any(case.config.sliding_window == 128 for case in CASES)
 
 
-# ---- tools ------------------------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------------------------
 
 
 def must_differ(ours: np.ndarray, right: np.ndarray, trapped: np.ndarray) -> None:
     """Ours is the right one, and the comparison could have told it from the trapped one."""
     assert relative_error(trapped, right) > SHOWS, "the trap does not show at this input"
     assert relative_error(ours, right) < FLOAT32_ERROR
-
-
-def logits(model: gptoss_jax.GptOss, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(model(jnp.asarray(tokens)))
 
 
 def fed(model: gptoss_jax.GptOss, tokens: np.ndarray, feeding: str) -> np.ndarray:
