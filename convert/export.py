@@ -15,10 +15,10 @@ from jaxtyping import UInt8
 
 from gptoss_jax.convert import names
 from gptoss_jax.convert.companions import DTYPES_NAME, ORIGINAL_SHARD_NAME, TOKENIZER_NAME, companions
-from gptoss_jax.convert.files import SHARD_NAME, write_folder
 from gptoss_jax.convert.names import FileTensor, Layout
 from gptoss_jax.convert.source import CONFIG_NAME, Parameters, Repacked
 from gptoss_jax.convert.stored import StoredParameters, damage, described, slabs
+from gptoss_jax.convert.writer import SHARD_NAME, write_folder
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.mxfp4 import ScaleRule
 from gptoss_jax.model.transformer import Experts

@@ -1,4 +1,4 @@
-"""Reads and writes folders of safetensors, lazily and safely. Knows bytes, dtypes and names; knows no model and no jax.
+"""Reads folders of safetensors, lazily and safely. Knows bytes, dtypes and names of tensors; knows no model and no jax.
 
 A safetensors file is 8 bytes of little-endian header length, a JSON header, then the tensors' bytes end to end:
 
@@ -12,30 +12,26 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
 import re
 import reprlib
-import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.convert.json_file import parse_object
 from gptoss_jax.errors import Unsupported, UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SHARD_NAME = "model-{number:05d}-of-{count:05d}.safetensors"
-
-Chunk: TypeAlias = bytes | bytearray | memoryview | np.ndarray
 
 _logger = logging.getLogger(__name__)
 
@@ -67,30 +63,18 @@ _UNREAD_BITS = {
     "F8_E5M2FNUZ": 8,
 }
 _BITS = {code: dtype.itemsize * 8 for code, dtype in _DTYPES.items()} | _UNREAD_BITS
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 _LARGEST_JSON = 100_000_000  # the format's own limit on a header; a released gpt-oss header has about 60 kB
 _LARGEST_SIZE = 2**63 - 1
 _MOST_AXES = 32  # what every NumPy can hold
-_ALIGNMENT = 64  # jax takes a NumPy array without a copy on CPU only from such an address
+ALIGNMENT = 64  # jax takes a NumPy array without a copy on CPU only from such an address
 _CHUNK = 1 << 20
 _WINDOW = 1 << 20  # scratch for strided reads
 _LARGEST_GAP = 8192  # reading over a gap costs less than a call into the kernel below about this many bytes
 
 _SHARD_PATTERN = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors", re.DOTALL)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-@runtime_checkable
-class TensorSpec(Protocol):
-    """What `write_folder` has to know of a tensor before its first byte."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +97,7 @@ class TensorInfo:
         """
         if self.code not in _DTYPES:
             raise Unsupported(
-                f"{self.file}: tensor {_spell(self.name)} has dtype {self.code}, which is not read; "
+                f"{self.file}: tensor {spell(self.name)} has dtype {self.code}, which is not read; "
                 f"expected one of {', '.join(_DTYPES)}"
             )
         return _DTYPES[self.code]
@@ -133,7 +117,7 @@ class TensorFolder:
         Raises:
             UserError: there is nothing to read, or what there is contradicts itself.
         """
-        with _reported(path, "read"):
+        with reported(path, "read"):
             if not path.exists():
                 raise UserError(f"{path}: no such file or folder; expected a checkpoint folder or a .safetensors file")
             if not path.is_dir():
@@ -175,15 +159,15 @@ class TensorFolder:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            raise UserError(f"{self.path}: tensor {_spell(name)} is missing; {len(self.tensors)} others are there")
+            raise UserError(f"{self.path}: tensor {spell(name)} is missing; {len(self.tensors)} others are there")
         return self.tensors[name]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that starts at a 64-byte boundary."""
     nbytes = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
@@ -203,7 +187,7 @@ def _loose_files(folder: Path, names: frozenset[str]) -> list[Path]:
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
         if pickles:
             raise UserError(
-                f"{folder}: has {_spell(pickles[0])} but no .safetensors file; pickled weights can run code and are "
+                f"{folder}: has {spell(pickles[0])} but no .safetensors file; pickled weights can run code and are "
                 "never read: save the model again as safetensors"
             )
         raise UserError(f"{folder}: expected {INDEX_NAME} or a .safetensors file, found neither")
@@ -220,7 +204,7 @@ def _check_siblings(folder: Path, name: str, names: frozenset[str]) -> None:
     found, expected = sum(1 for other in names if pattern.fullmatch(other)), int(match["count"])
     if found != expected:
         raise UserError(
-            f"{folder}: {_spell(name)} belongs to {expected} shards, {found} of them are there; "
+            f"{folder}: {spell(name)} belongs to {expected} shards, {found} of them are there; "
             "copy or download the folder again"
         )
 
@@ -238,18 +222,18 @@ def _indexed_tensors(folder: Path, names: frozenset[str]) -> dict[str, TensorInf
     for name, file in weight_map.items():
         if name not in tensors:
             raise UserError(
-                f"{folder / INDEX_NAME}: says tensor {_spell(name)} is in {file}, which does not have it; "
+                f"{folder / INDEX_NAME}: says tensor {spell(name)} is in {file}, which does not have it; "
                 "copy or download the folder again"
             )
         if tensors[name].file.name != file:
             raise UserError(
-                f"{folder / INDEX_NAME}: says tensor {_spell(name)} is in {file}, "
+                f"{folder / INDEX_NAME}: says tensor {spell(name)} is in {file}, "
                 f"it is in {tensors[name].file.name}; copy or download the folder again"
             )
     for name, info in tensors.items():
         if name not in weight_map:
             raise UserError(
-                f"{info.file}: holds tensor {_spell(name)}, which {INDEX_NAME} does not list; "
+                f"{info.file}: holds tensor {spell(name)}, which {INDEX_NAME} does not list; "
                 "copy or download the folder again"
             )
     return tensors
@@ -262,13 +246,13 @@ def _read_index(path: Path) -> dict[str, str]:
             raise UserError(f"{path}: has {size:,} bytes; expected an index of at most {_LARGEST_JSON:,}")
         text = np.empty(size, np.uint8)
         _fill(descriptor, text, offset=0, file=path)
-    index = _parse_json(text.tobytes(), path)
+    index = parse_object(text.tobytes(), name=str(path))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: weight_map is {_spell(weight_map)}; expected an object of tensor names to file names")
+        raise UserError(f"{path}: weight_map is {spell(weight_map)}; expected an object of tensor names to file names")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise UserError(f"{path}: tensor {_spell(name)} is in {_spell(file)}; expected the name of a file")
+            raise UserError(f"{path}: tensor {spell(name)} is in {spell(file)}; expected the name of a file")
     return weight_map
 
 
@@ -276,14 +260,14 @@ def _check_index_file(folder: Path, file: str, names: frozenset[str]) -> None:
     # Links are legitimate (Hugging Face's cache is made of them): it is the name that must not walk.
     if "/" in file or "\\" in file or file in ("", ".", ".."):
         raise UserError(
-            f"{folder / INDEX_NAME}: names the file {_spell(file)}, which points outside its folder; "
+            f"{folder / INDEX_NAME}: names the file {spell(file)}, which points outside its folder; "
             "expected plain file names: do not trust this checkpoint"
         )
     if not file.endswith(".safetensors"):
-        raise UserError(f"{folder / INDEX_NAME}: names the file {_spell(file)}; only .safetensors files are read")
+        raise UserError(f"{folder / INDEX_NAME}: names the file {spell(file)}; only .safetensors files are read")
     if file not in names:
         raise UserError(
-            f"{folder / INDEX_NAME}: names the file {_spell(file)}, which is missing; copy or download it again"
+            f"{folder / INDEX_NAME}: names the file {spell(file)}, which is missing; copy or download it again"
         )
 
 
@@ -296,7 +280,7 @@ def _headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
         for info in _read_header(file):
             if info.name in tensors:
                 raise UserError(
-                    f"{file}: holds tensor {_spell(info.name)}, which {tensors[info.name].file.name} also holds; "
+                    f"{file}: holds tensor {spell(info.name)}, which {tensors[info.name].file.name} also holds; "
                     "expected every tensor once: remove the file that does not belong"
                 )
             tensors[info.name] = info
@@ -323,7 +307,7 @@ def _read_header(file: Path) -> list[TensorInfo]:
             )
         header = np.empty(length, np.uint8)
         _fill(descriptor, header, offset=8, file=file)
-    entries = _parse_json(header.tobytes(), file)
+    entries = parse_object(header.tobytes(), name=str(file))
     _check_metadata(file, entries.pop("__metadata__", None))
     infos = [_tensor_info(file, name, entry, data=8 + length) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
@@ -331,61 +315,33 @@ def _read_header(file: Path) -> list[TensorInfo]:
     return infos
 
 
-def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
-    """A JSON object in which no key stands twice and every name is valid Unicode."""
-    if not text.startswith(b"{"):
-        raise UserError(f"{file}: expected a JSON object, found {_spell(text[:20])}; copy or download it again")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise UserError(f"{file}: has {_spell(twice)} twice; expected every name once")
-        for key in found:
-            key.encode()  # half of a surrogate pair is no character: UnicodeEncodeError is a ValueError
-        return found
-
-    try:
-        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=_refuse_constant)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _shortened(str(error))
-        raise UserError(f"{file}: expected JSON, but {reason}; copy or download it again") from error
-
-
-def _refuse_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")
-
-
 def _check_metadata(file: Path, metadata: Any) -> None:
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise UserError(f"{file}: __metadata__ is {_spell(metadata)}; expected an object of strings")
+        raise UserError(f"{file}: __metadata__ is {spell(metadata)}; expected an object of strings")
 
 
 def _tensor_info(file: Path, name: str, entry: Any, *, data: int) -> TensorInfo:
-    where = f"{file}: tensor {_spell(name)}"
+    where = f"{file}: tensor {spell(name)}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{where} is {_spell(entry)}; expected exactly dtype, shape and data_offsets")
+        raise UserError(f"{where} is {spell(entry)}; expected exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _BITS:
-        raise UserError(f"{where} has dtype {_spell(code)}; the format has {', '.join(_BITS)}")
+        raise UserError(f"{where} has dtype {spell(code)}; the format has {', '.join(_BITS)}")
     if not isinstance(shape, list) or len(shape) > _MOST_AXES or not all(_is_size(size) for size in shape):
-        raise UserError(f"{where} has shape {_spell(shape)}; expected at most {_MOST_AXES} sizes of 0 or more")
+        raise UserError(f"{where} has shape {spell(shape)}; expected at most {_MOST_AXES} sizes of 0 or more")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise UserError(f"{where} has data_offsets {_spell(offsets)}; expected two byte positions")
+        raise UserError(f"{where} has data_offsets {spell(offsets)}; expected two byte positions")
     # Sizes of an empty tensor multiply to nothing, yet must fit NumPy, which refuses overflow in the others.
     bits = math.prod(max(size, 1) for size in shape) * _BITS[code]
     if bits // 8 > _LARGEST_SIZE:
-        raise UserError(f"{where} has shape {_spell(shape)}, which is more than {_LARGEST_SIZE} bytes")
+        raise UserError(f"{where} has shape {spell(shape)}, which is more than {_LARGEST_SIZE} bytes")
     bits = math.prod(shape) * _BITS[code]
     start, stop = offsets
     if bits % 8 or bits // 8 != stop - start:
         raise UserError(
-            f"{where} has {stop - start:,} bytes; {code} of shape {_spell(shape)} takes {bits / 8:,.10g}: "
+            f"{where} has {stop - start:,} bytes; {code} of shape {spell(shape)} takes {bits / 8:,.10g}: "
             "copy or download the file again"
         )
     return TensorInfo(name=name, code=code, shape=tuple(shape), file=file, offset=data + start, nbytes=bits // 8)
@@ -401,7 +357,7 @@ def _check_cover(file: Path, infos: Sequence[TensorInfo], *, data: int, size: in
         if info.offset != end:
             what = "they overlap" if info.offset < end else "there is a hole"
             raise UserError(
-                f"{file}: tensor {_spell(info.name)} starts at byte {info.offset:,}, "
+                f"{file}: tensor {spell(info.name)} starts at byte {info.offset:,}, "
                 f"the one before it ends at {end:,}: {what}; copy or download the file again"
             )
         end += info.nbytes
@@ -417,7 +373,7 @@ def _check_cover(file: Path, infos: Sequence[TensorInfo], *, data: int, size: in
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[int]:
-    with _reported(file, "read"):
+    with reported(file, "read"):
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for its other end
             raise UserError(f"{file}: expected a regular file, found something else")
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -428,7 +384,7 @@ def _opened(file: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _reported(path: Path, action: str) -> Iterator[None]:
+def reported(path: Path, action: str) -> Iterator[None]:
     """What the operating system refuses is a user's matter too: a missing right, a full disk, a file for a folder."""
     try:
         yield
@@ -502,192 +458,11 @@ def _read_rows(descriptor: int, target: np.ndarray, *, offset: int, pitch: int, 
         target[row : row + count] = window[: count * pitch].reshape(count, pitch)[:, :run]
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Shard:
-    file: str
-    header: bytes
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.header) + sum(_nbytes(tensor) for tensor in self.tensors)
-
-
-def write_folder(
-    folder: Path,
-    tensors: Sequence[TensorSpec],
-    chunks: Callable[[str], Iterable[Chunk]],
-    *,
-    max_shard_bytes: int | None = None,
-    single_name: str = SINGLE_NAME,
-    shard_name: str = SHARD_NAME,
-    index: bool = True,
-    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
-    beside: Mapping[str, bytes] = MappingProxyType({}),
-) -> None:
-    """Writes the tensors, asking `chunks(name)` for the bytes of one after the other; memory is that of a chunk.
-
-    More than `max_shard_bytes` of tensors are cut into files named by `shard_name`, with an index if `index` is set.
-    `beside` holds small files that belong to the folder (config.json), complete before the weights are.
-    Every file has another name until all of them are complete, and the index comes last: a folder that a crash left
-    behind is never taken for a whole one, and the same call may use it again.
-
-    Raises:
-        UserError: the folder has something in it, or the disk has no room or refuses.
-    """
-    shards = _plan_shards(tensors, max_shard_bytes, single_name, shard_name, dict(metadata))
-    small = dict(beside)
-    if index and len(shards) > 1:
-        small[INDEX_NAME] = _index_json(shards)
-    created = not folder.exists()
-    prepare_folder(folder, nbytes=sum(shard.nbytes for shard in shards) + sum(len(text) for text in small.values()))
-    try:
-        with _reported(folder, "written"):
-            for name in beside:
-                _write_file(folder / _partial(name), [small[name]])
-            for shard in shards:
-                _write_file(folder / _partial(shard.file), _shard_bytes(shard, chunks))
-            if INDEX_NAME in small:
-                _write_file(folder / _partial(INDEX_NAME), [small[INDEX_NAME]])
-            for name in (*beside, *(shard.file for shard in shards), *(small.keys() - beside.keys())):
-                os.replace(folder / _partial(name), folder / name)
-            _sync_folder(folder)
-    except BaseException:
-        _remove_partials(folder, created=created)
-        raise
-
-
-def prepare_folder(folder: Path, *, nbytes: int) -> None:
-    """Makes an empty folder on a disk that has room for `nbytes`.
-
-    Raises:
-        UserError: something is in the folder (unfinished files of an earlier run aside), or there is no room.
-    """
-    with _reported(folder, "written"):
-        found = sorted(os.listdir(folder)) if folder.exists() else []
-        whole = [name for name in found if not name.endswith(_partial(""))]
-        if whole:
-            raise UserError(
-                f"{folder}: expected a new or empty folder, found {_spell(whole[0])} in it; "
-                "name another destination or remove it"
-            )
-        if found:
-            _remove_partials(folder, created=False)
-        path = folder.absolute()
-        free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
-        if nbytes > free:
-            raise UserError(f"{folder}: needs {nbytes:,} bytes, its disk has {free:,} free; make room or name another")
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _plan_shards(
-    tensors: Sequence[TensorSpec],
-    max_shard_bytes: int | None,
-    single_name: str,
-    shard_name: str,
-    metadata: dict[str, str],
-) -> list[_Shard]:
-    """Cuts the tensors, in their order, where the next one would go over; a larger tensor is alone in its file."""
-    if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise ValueError("every tensor must have a name of its own")
-    groups: list[list[TensorSpec]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and max_shard_bytes is not None and size + _nbytes(tensor) > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += _nbytes(tensor)
-    shards = []
-    for number, group in enumerate(groups, start=1):
-        # Wide elements first: the format allows no padding between tensors, and this keeps each of them aligned.
-        ordered = tuple(sorted(group, key=lambda tensor: -tensor.dtype.itemsize))
-        file = single_name if len(groups) == 1 else shard_name.format(number=number, count=len(groups))
-        shards.append(_Shard(file=file, header=_header(ordered, metadata), tensors=ordered))
-    return shards
-
-
-def _header(tensors: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + _nbytes(tensor)
-        entries[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _index_json(shards: Sequence[_Shard]) -> bytes:
-    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    total = sum(_nbytes(tensor) for shard in shards for tensor in shard.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def _shard_bytes(shard: _Shard, chunks: Callable[[str], Iterable[Chunk]]) -> Iterator[Chunk]:
-    yield shard.header
-    for tensor in shard.tensors:
-        expected, found = _nbytes(tensor), 0
-        for chunk in chunks(tensor.name):
-            found += memoryview(chunk).nbytes
-            if found > expected:
-                break
-            yield chunk
-        if found != expected:
-            raise ValueError(f"tensor {tensor.name!r} was declared with {expected:,} bytes, its chunks have {found:,}")
-
-
-def _write_file(path: Path, chunks: Iterable[Chunk]) -> None:
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the new names last a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_partials(folder: Path, *, created: bool) -> None:
-    for name in os.listdir(folder):
-        if name.endswith(_partial("")):
-            os.unlink(folder / name)
-    if created:
-        with contextlib.suppress(OSError):  # renamed files are complete and stay
-            folder.rmdir()
-
-
-def _partial(name: str) -> str:
-    return f"{name}.gptoss-partial"  # no one else's name: what ends so is removed
-
-
-def _nbytes(tensor: TensorSpec) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
-
-
 # --- messages -----------------------------------------------------------------------------------------------------
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
     """A value from a file for a message: of any size and depth there, short here."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     return short.repr(value)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"

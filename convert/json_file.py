@@ -30,29 +30,31 @@ def parse_object(text: bytes, *, name: str) -> dict[str, Any]:
     """The JSON object in `text`; `name` is what errors call it.
 
     Raises:
-        UserError: it is not one JSON object with distinct keys, or holds NaN or Infinity, which JSON does not have.
+        UserError: it is not one JSON object with distinct keys of valid Unicode, or holds NaN or Infinity.
     """
-
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"{name}: key {twice[:200]!r} stands twice; expected it once")
-        return found
-
-    def refuse(constant: str) -> Any:
-        raise UserError(f"{name}: holds {constant}, which JSON does not have; expected finite numbers")
-
     try:
-        found = json.loads(text, object_pairs_hook=distinct, parse_constant=refuse)
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of thousands of digits, deep nesting
-        raise UserError(f"{name}: is no valid JSON ({str(error)[:200]}); get the file again") from error
+        found = json.loads(text.decode(), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # bad syntax, bad UTF-8, a number of thousands of digits
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise UserError(f"{name}: expected JSON, but {reason}; copy or download it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{name}: holds a JSON {type(found).__name__}; expected an object")
+        raise UserError(f"{name}: expected a JSON object, found {text[:20]!r}; copy or download it again")
     return found
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice[:80]!r} stands twice")
+    for key in found:
+        key.encode()  # half of a surrogate pair is no character: UnicodeEncodeError is a ValueError
+    return found
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON number")
 
 
 def write_object(path: Path, document: Mapping[str, Any]) -> None:

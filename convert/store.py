@@ -144,7 +144,7 @@ def _forget_when_and_where(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_false_alarms() -> Iterator[None]:
-    """Drops two warnings of Orbax: no OCDBT to merge, which nobody asked for; no data, where it looks for Zarr 2 only."""
+    """Drops two warnings of Orbax: no OCDBT to merge, which nobody wants; no data, where it looks for Zarr 2 only."""
     alarms = ("Skipping merge of OCDBT checkpoints", "TensorStore data files not found")
 
     def real(record: logging.LogRecord) -> bool:

@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
-from gptoss_jax.convert.files import write_folder
 from gptoss_jax.convert.names import FileTensor, Layout, file_tensors
+from gptoss_jax.convert.writer import SHARD_NAME, write_folder
 from gptoss_jax.harmony.tokenizer import write_byte_tokenizer
 from gptoss_jax.kernels.mxfp4 import BLOCK, CODE_VALUES
 from gptoss_jax.model.config import ModelConfig
@@ -85,7 +85,7 @@ def write_checkpoint(
         tuple(tensors.values()),
         chunks,
         max_shard_bytes=max_shard_bytes,
-        **({"shard_name": _ORIGINAL_SHARD_NAME} if layout == "original" else {}),
+        shard_name=_ORIGINAL_SHARD_NAME if layout == "original" else SHARD_NAME,
         beside=_small_files(config, tuple(tensors.values()), layout=layout, experts=experts),
     )
 

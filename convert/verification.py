@@ -150,11 +150,10 @@ def _as_released(parameter: str, manifest: Manifest) -> list[str]:
 
 
 def _check_same_form(manifest: Manifest, source: Source) -> None:
-    ours = (manifest.layout, manifest.source_experts)
-    if (source.layout, source.experts) != ours:
+    if (source.layout, source.experts) != (manifest.layout, manifest.source_experts):
         raise UserError(
-            f"{source.path} is a {source.layout} folder with {source.experts} experts, the checkpoint was made from a "
-            f"{ours[0]} folder with {ours[1]} experts: name the folder that it was converted from"
+            f"{source.path} has the layout {source.layout} and {source.experts} experts, the checkpoint was made from "
+            f"the layout {manifest.layout} and {manifest.source_experts} experts: name the folder it was converted from"
         )
 
 

@@ -10,8 +10,15 @@ def simulate(num_devices: int) -> None:
     """Makes the CPU look like `num_devices` devices."""
     if num_devices < 1:
         raise UserError(f"--host-devices is {num_devices}; expected at least 1")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", num_devices)
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError as error:  # jax has looked already: `main` was called in a program that uses it
+        if len(jax.devices("cpu")) < num_devices:
+            raise UserError(
+                f"{num_devices} CPU devices are wanted and jax has started with {len(jax.devices('cpu'))}: "
+                "run the command in a process of its own"
+            ) from error
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:

@@ -18,7 +18,10 @@ _EXIT_BROKEN_PIPE = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. 0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 130 Ctrl-C, 141 a closed pipe."""
+    """Runs one command and gives its exit code.
+
+    0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 130 Ctrl-C, 141 a closed pipe.
+    """
     options = _parser().parse_args(arguments)
     module, function = options.run.split(":")
     try:

@@ -33,17 +33,18 @@ def sample(
         key: consumed; give a new one to each call.
         temperature: 0 takes the best id, ties to the lower id.
         top_k: only the k best ids, 0 for all.
-        top_p: only the best ids whose probabilities (at this temperature) add up to top_p, the one that crosses it
-            included.
+        top_p: of those only the best ids whose probabilities, at this temperature and among those, add up to top_p;
+            the one that crosses it is included.
     """
 
     def draw() -> Int[Array, " B"]:
         order = jnp.argsort(logits, axis=-1, descending=True)  # stable: of equals the lower id first
         scaled = jnp.take_along_axis(logits, order, axis=-1) / temperature
+        rank = jnp.arange(logits.shape[-1])
+        scaled = jnp.where((top_k == 0) | (rank < top_k), scaled, -jnp.inf)
         probabilities = jax.nn.softmax(scaled, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        rank = jnp.arange(logits.shape[-1])
-        kept = (before < top_p) & ((top_k == 0) | (rank < top_k)) | (rank == 0)
+        kept = (before < top_p) | (rank == 0)
         place = jax.random.categorical(key, jnp.where(kept, scaled, -jnp.inf), axis=-1)
         return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 

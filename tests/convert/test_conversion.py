@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -27,6 +29,7 @@ from gptoss_jax.sharding import MeshShape
 from tests.tiny import TINY
 
 CONFIG = dataclasses.replace(TINY, expert_width=192, layer_kinds=alternating_layers(2))  # 6 blocks divide by 2
+WORKER = Path(__file__).with_name("worker.py")
 KINDS = {"hf": ("hf", "mxfp4"), "bf16": ("hf", "bf16"), "original": ("original", "mxfp4")}
 
 
@@ -321,3 +324,27 @@ def test_nothing_is_logged_in_a_good_conversion(
         convert(folders["hf"], tmp_path / "checkpoint")
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path):
+    """60 MB more of weights, the same peak. The margin is a batch: which buffers are free by then is a matter of luck."""
+    wide = dataclasses.replace(TINY, width=512, expert_width=768, num_experts=16, vocab_size=8192)
+    margin = 24 << 20
+    peaks = []
+    for num_layers in (2, 6):
+        config = dataclasses.replace(wide, layer_kinds=alternating_layers(num_layers))
+        write_checkpoint(tmp_path / "source", config)
+        command = [sys.executable, WORKER, "convert", tmp_path / "source", tmp_path / "checkpoint"]
+        printed = subprocess.run(
+            [*map(str, command), "--batch-bytes", str(margin)],
+            env={**os.environ, "PYTHONPATH": str(WORKER.parents[2])},
+            stdout=subprocess.PIPE,
+            timeout=120,
+            check=True,
+        ).stdout
+        peaks.append(json.loads(printed)["peak_bytes"])
+        nbytes = sum(path.stat().st_size for path in (tmp_path / "source").iterdir())
+        shutil.rmtree(tmp_path / "source")
+        shutil.rmtree(tmp_path / "checkpoint")
+    print(peaks, nbytes)
+    assert peaks[1] - peaks[0] < margin

@@ -23,7 +23,8 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax.convert.files import INDEX_NAME, TensorFolder, prepare_folder, write_folder
+from gptoss_jax.convert.files import INDEX_NAME, TensorFolder
+from gptoss_jax.convert.writer import prepare_folder, write_folder
 from gptoss_jax.errors import Unsupported, UserError
 
 
@@ -200,7 +201,7 @@ BAD_FILES = {
     "deep nesting": (safetensors_bytes(b'{"a": ' + b"[" * 200_000), "nested too deeply"),
     "a tensor twice": (
         safetensors_bytes(b'{"a": 1, "b": 2, "a": 3}'),
-        "has 'a' twice; expected every name once",
+        "key 'a' stands twice",
     ),
     "metadata of numbers": (
         safetensors_bytes({"__metadata__": {"format": 1}}),
@@ -325,7 +326,7 @@ BAD_INDICES = {
         "says tensor 'x' is in y.safetensors, it is in x.safetensors",
     ),
     "a tensor not listed": ({"weight_map": {"x": "x.safetensors"}}, "holds tensor 'x2', which"),
-    "a key twice": (b'{"weight_map": {"x": "x.safetensors", "x": "y.safetensors"}}', "has 'x' twice"),
+    "a key twice": (b'{"weight_map": {"x": "x.safetensors", "x": "y.safetensors"}}', "key 'x' stands twice"),
 }
 
 
@@ -442,7 +443,7 @@ def test_a_killed_writer_leaves_nothing_that_opens_and_may_begin_again(tmp_path:
 import dataclasses, os, signal, sys
 from pathlib import Path
 import numpy as np
-from gptoss_jax.convert.files import write_folder
+from gptoss_jax.convert.writer import write_folder
 
 @dataclasses.dataclass
 class Spec:

@@ -36,17 +36,17 @@ def test_whatever_the_bytes_are_an_object_or_a_user_error_comes(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is no valid JSON"),
-        (b'{"a": 1', "is no valid JSON (Expecting ',' delimiter: line 1 column 8 (char 7)); get the file again"),
-        (b"[1]", "holds a JSON list; expected an object"),
-        (b"3", "holds a JSON int; expected an object"),
-        (b'{"a": 1, "b": 2, "a": 3}', "key 'a' stands twice; expected it once"),
-        (b'{"outer": {"a": 1, "a": 1}}', "key 'a' stands twice"),
-        (b'{"a": NaN}', "holds NaN, which JSON does not have; expected finite numbers"),
-        (b'{"a": -Infinity}', "holds -Infinity"),
-        (b'{"a": "\xff"}', "is no valid JSON ('utf-8' codec can't decode byte 0xff"),
-        (b"[" * 100_000, "is no valid JSON"),
-        (b'{"a": ' + b"9" * (sys.get_int_max_str_digits() + 1) + b"}", "is no valid JSON"),
+        (b"", "expected JSON, but"),
+        (b'{"a": 1', "expected JSON, but Expecting ',' delimiter: line 1 column 8 (char 7); copy or download it again"),
+        (b"[1]", "expected a JSON object, found b'[1]'"),
+        (b"3", "expected a JSON object, found b'3'"),
+        (b'{"a": 1, "b": 2, "a": 3}', "expected JSON, but key 'a' stands twice"),
+        (b'{"outer": {"a": 1, "a": 1}}', "expected JSON, but key 'a' stands twice"),
+        (b'{"a": NaN}', "expected JSON, but NaN is no JSON number"),
+        (b'{"a": -Infinity}', "expected JSON, but -Infinity is no JSON number"),
+        (b'{"a": "\xff"}', "expected JSON, but 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 100_000, "expected JSON, but it is nested too deeply"),
+        (b'{"a": ' + b"9" * (sys.get_int_max_str_digits() + 1) + b"}", "expected JSON, but"),
     ],
 )
 def test_a_bad_document_is_named_with_its_fault(text, message):

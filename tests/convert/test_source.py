@@ -10,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gptoss_jax.convert.files import TensorFolder, write_folder
+from gptoss_jax.convert.files import TensorFolder
 from gptoss_jax.convert.names import FileTensor
 from gptoss_jax.convert.source import Repacked, Source, read_sharded
 from gptoss_jax.convert.synthetic import write_checkpoint
+from gptoss_jax.convert.writer import write_folder
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels import mxfp4
 from gptoss_jax.model.config import alternating_layers
@@ -261,7 +262,7 @@ def test_a_missing_shard_is_named(folders: dict[str, Path], tmp_path: Path):
     ("text", "message"),
     [
         (None, " has no config.json; expected a released folder, Hugging Face's or OpenAI's original/"),
-        ('{"model_type": "gpt_oss", "num_', "is no valid JSON"),
+        ('{"model_type": "gpt_oss", "num_', "expected JSON, but"),
         ("{}", "config.json has neither num_local_experts"),
         ({"model_type": "gpt2"}, "config.json: model_type is 'gpt2'; implemented is 'gpt_oss'"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; implemented is 'silu'"),

@@ -43,9 +43,11 @@ def main() -> None:
             _convert(options.source, options.destination, mesh)
             print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
         case "load":
+            devices = make_mesh(data=mesh.data, expert=mesh.expert, tensor=mesh.tensor)
+            load(options.source, mesh=devices)  # reads Python modules too
             before = _bytes_read()
-            model = load(options.source, mesh=make_mesh(data=mesh.data, expert=mesh.expert, tensor=mesh.tensor))
-            print(json.dumps({"bytes_read": _bytes_read() - before, "shards": _shard_digests(parameters(model))}))
+            model = load(options.source, mesh=devices)
+            print(json.dumps({"bytes_read": _bytes_read() - before, "shards": shard_digests(parameters(model))}))
         case "kill":
             print(json.dumps(_kill_and_resume(options.source, options.destination, mesh, options.at)))
 
@@ -125,7 +127,7 @@ def _bytes_read() -> int:
     return int(dict(line.split(": ") for line in text.splitlines())["rchar"])
 
 
-def _shard_digests(arrays: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
+def shard_digests(arrays: dict[str, jax.Array]) -> dict[str, dict[str, str]]:
     """SHA-256 of every shard that this process holds, by parameter and index."""
     return {
         name: {

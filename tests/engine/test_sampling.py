@@ -24,10 +24,11 @@ def probabilities(logits: np.ndarray, *, temperature: float, top_k: int, top_p: 
     """Step by step in float64, best first, ties to the lower id."""
     scaled = logits.astype(np.float64) / temperature
     whole = np.exp(scaled - scaled.max())
-    whole /= whole.sum()
+    best = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    whole /= whole[best].sum()
     kept, total = np.zeros(len(logits)), 0.0
-    for rank, i in enumerate(sorted(range(len(logits)), key=lambda i: (-logits[i], i))):
-        if rank and (total >= top_p or (top_k and rank >= top_k)):
+    for rank, i in enumerate(best):
+        if rank and total >= top_p:
             break
         kept[i] = whole[i]
         total += whole[i]

@@ -87,7 +87,7 @@ def test_float32_logits_are_openais(case: Case, golden: dict[str, Any], float32_
 def test_bf16_is_as_near_to_the_truth_as_transformers_bf16(
     folder: Path, golden: dict[str, Any], oracle_logits: np.ndarray
 ):
-    """Over every position of every prompt (see Case). The oracle stands for float32: 2e-4 of the spread is 1e-7 of KL."""
+    """Over every position of every prompt (see Case). The oracle stands for float32: within 2e-4, 1e-7 of KL."""
     model = gptoss_jax.load(folder, dtype=jnp.bfloat16)
     ours = mean_kl(oracle_logits, logits(model, golden["prompts"]))
     assert ours <= BF16_KL_RATIO * golden["about"]["transformers_bf16_kl"]

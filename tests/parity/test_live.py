@@ -49,6 +49,7 @@ def test_float32_logits_are_openais(tokens: np.ndarray, logits: np.ndarray, tmp_
     np.testing.assert_array_equal(our_logits(tmp_path / "original", tokens, dtype=jnp.float32), logits)
 
 
+@pytest.mark.slow  # the goldens hold the same bar
 def test_bf16_is_as_near_to_float32_as_transformers_bf16(folder: Path, tokens: np.ndarray, logits: np.ndarray):
     theirs = references.TransformersModel(folder, dtype="bfloat16").logits(tokens)
     ours = our_logits(folder, tokens, dtype=jnp.bfloat16)
