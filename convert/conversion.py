@@ -206,6 +206,11 @@ def _convert(job: Job, on_progress: Callable[[int, int], None]) -> Manifest:
         if jax.process_index() == 0:
             job.staging.discard()  # the source is bad: there is nothing to go on with
         raise
+    except OSError as error:  # reading has turned its own into UserError
+        raise UserError(
+            f"{job.staging.path} cannot be written: {error.strerror}; what is there is kept: "
+            "make room, then run the same command again to go on with it"
+        ) from error
     finally:
         journal.close()
 

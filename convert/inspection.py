@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flax import nnx
-
 from gptoss_jax.convert.manifest import MANIFEST_NAME
 from gptoss_jax.convert.names import FileTensor, Layout, Part, View
 from gptoss_jax.convert.source import CONFIG_NAME, Source
@@ -17,6 +15,7 @@ from gptoss_jax.convert.staging import SUFFIX, Journal, Staging
 from gptoss_jax.convert.stored import StoredParameters, unfinished_at
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.layers import Axes
 from gptoss_jax.model.transformer import Experts, abstract_model, parameters
 from gptoss_jax.sharding import MeshShape, partition
 
@@ -214,13 +213,13 @@ def _unfinished(path: Path, folder: Path) -> Inspection:
 
 def _checkpoint(path: Path, mesh: MeshShape | None) -> Inspection:
     stored = StoredParameters.open(path, check=False)
-    declared = parameters(abstract_model(stored.config, experts=stored.experts))
+    axes = _axes(stored.config, stored.experts)
     tensors = []
     for name, shape in stored.shapes.items():
         own_axes = View(shape, tuple(range(len(shape))), tuple((axis,) for axis in range(len(shape))))
         tensor = FileTensor(name, stored.dtype(name), shape, (Part(name, own_axes, 0),))
         files = stored.files(name)
-        entry = _entry(tensor, file=os.path.commonpath(files), declared=declared, mesh=mesh)
+        entry = _entry(tensor, file=os.path.commonpath(files), axes=axes, mesh=mesh)
         stored_nbytes = sum(stored.manifest.files[file].nbytes for file in files)
         tensors.append(dataclasses.replace(entry, stored_nbytes=stored_nbytes, chunk=stored.chunk(name)))
     manifest = stored.manifest
@@ -239,12 +238,12 @@ def _release(path: Path, mesh: MeshShape | None) -> Inspection:
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path} has no {CONFIG_NAME}; expected a checkpoint, a Hugging Face or an original/ folder")
     source = Source.open(path)
-    declared = parameters(abstract_model(source.config, experts=source.experts))
+    axes = _axes(source.config, source.experts)
     tensors = []
     for tensor in source.tensors:
         info = source.folder.tensors[tensor.name]
         as_stored = dataclasses.replace(tensor, dtype=info.dtype)
-        tensors.append(_entry(as_stored, file=info.file.name, declared=declared, mesh=mesh))
+        tensors.append(_entry(as_stored, file=info.file.name, axes=axes, mesh=mesh))
     return Inspection(
         path=path,
         format=source.layout,
@@ -255,8 +254,12 @@ def _release(path: Path, mesh: MeshShape | None) -> Inspection:
     )
 
 
-def _entry(tensor: FileTensor, *, file: str, declared: Mapping[str, nnx.Param], mesh: MeshShape | None) -> TensorEntry:
-    parts = [_placed(part, declared[part.parameter].axes, mesh) for part in tensor.parts] if mesh is not None else []
+def _axes(config: ModelConfig, experts: Experts) -> dict[str, Axes]:
+    return {name: parameter.axes for name, parameter in parameters(abstract_model(config, experts=experts)).items()}
+
+
+def _entry(tensor: FileTensor, *, file: str, axes: Mapping[str, Axes], mesh: MeshShape | None) -> TensorEntry:
+    parts = [_placed(part, axes[part.parameter], mesh) for part in tensor.parts] if mesh is not None else []
     return TensorEntry(
         name=tensor.name,
         kind=_kind(tensor.parts[0].parameter),

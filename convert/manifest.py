@@ -1,6 +1,7 @@
 """What a finished conversion says of itself: where it came from and what every stored file holds. Knows no arrays."""
 
 import dataclasses
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         document = {"format": _FORMAT, "version": _VERSION, **dataclasses.asdict(self)}
-        write_object(folder / MANIFEST_NAME, document)
+        write_object(folder / MANIFEST_NAME, document | {"crc32": _own_checksum(document)})
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -81,6 +82,8 @@ class Manifest:
                 f"{path}: format {document.get('format')!r} version {document.get('version')!r}; "
                 f"expected {_FORMAT!r} version {_VERSION}: convert the release again"
             )
+        if document.get("crc32") != _own_checksum(document):
+            raise UserError(f"{path} is damaged (its own CRC-32 does not fit): copy the checkpoint or convert it again")
         try:
             return cls._from_document(document)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -112,3 +115,9 @@ class Manifest:
                 raise UserError(
                     f"{path} {what}; expected {stored.nbytes:,} bytes: copy or convert the checkpoint again"
                 )
+
+
+def _own_checksum(document: Mapping[str, Any]) -> str:
+    """Of everything but itself, however the file spaces and sorts it."""
+    rest = {key: value for key, value in document.items() if key != "crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"

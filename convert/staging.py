@@ -117,13 +117,10 @@ class Staging:
     def _check_same(self, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
         for key, value in plan.items():
             if begun.get(key) != value:
-                found = (
-                    "from another source, or its files changed" if key == "source" else f"with {key}={begun.get(key)}"
-                )
-                raise UserError(
-                    f"{self.path} was begun {found}; expected {key}={value}: repeat that command to go on with it, "
-                    "or remove the folder to begin anew"
-                )
+                found = f"{self.path} was begun with {key}={begun.get(key)}, not {value}"
+                if key == "source":
+                    found = f"{self.path} was begun from another source, or files of the source have changed since"
+                raise UserError(f"{found}: repeat that command to go on with it, or remove the folder to begin anew")
 
 
 class Journal:

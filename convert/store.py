@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,9 +28,20 @@ _RESTORE_BYTES = 512 << 20
 
 
 def save(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Adds a batch of parameters to the unfinished ones in `folder`; all processes call it together."""
-    with _saving():
-        ocp.partial.save(str(folder / PARAMETERS), _tree(arrays))
+    """Adds a batch of parameters to the unfinished ones in `folder`; all processes call it together.
+
+    Raises:
+        OSError: the system refuses to write, for want of room say.
+    """
+    try:
+        with _saving():
+            ocp.partial.save(str(folder / PARAMETERS), _tree(arrays))
+    except ValueError as error:  # TensorStore's word for everything
+        refused = re.search(r"os_error_code='(\d+)'", str(error))
+        if refused is None:
+            raise
+        code = int(refused[1])
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 def finish(folder: Path) -> None:

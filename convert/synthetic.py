@@ -10,17 +10,16 @@ activations reach the clamp, and logits differ by several units.
 """
 
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
 
+from gptoss_jax.convert.companions import ORIGINAL_SHARD_NAME, companions
 from gptoss_jax.convert.names import FileTensor, Layout, file_tensors
 from gptoss_jax.convert.writer import SHARD_NAME, write_folder
 from gptoss_jax.harmony.tokenizer import write_byte_tokenizer
@@ -29,7 +28,6 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.transformer import Experts
 
 SHARD_BYTES = 5_000_000_000  # the release's 20b has three shards of at most this
-_ORIGINAL_SHARD_NAME = "model--{number:05d}-of-{count:05d}.safetensors"
 
 _PIECE = 1 << 20  # bytes drawn at a time
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -80,13 +78,14 @@ def write_checkpoint(
             if on_bytes is not None:
                 on_bytes(chunk.nbytes)
 
+    tokenizer = _byte_tokenizer(config.vocab_size)
     write_folder(
         folder,
         tuple(tensors.values()),
         chunks,
         max_shard_bytes=max_shard_bytes,
-        shard_name=_ORIGINAL_SHARD_NAME if layout == "original" else SHARD_NAME,
-        beside=_small_files(config, tuple(tensors.values()), layout=layout, experts=experts),
+        shard_name=ORIGINAL_SHARD_NAME if layout == "original" else SHARD_NAME,
+        beside=companions(config, tuple(tensors.values()), layout=layout, experts=experts, tokenizer=tokenizer),
     )
 
 
@@ -193,42 +192,8 @@ def _random_bytes(seed: int, name: str, *, count: int) -> Iterator[UInt8[np.ndar
 # --- what lies beside them ----------------------------------------------------------------------------------------
 
 
-def _small_files(
-    config: ModelConfig, tensors: tuple[FileTensor, ...], *, layout: Layout, experts: Experts
-) -> dict[str, bytes]:
-    tokenizer = _byte_tokenizer(config.vocab_size)
-    if layout == "original":
-        return {
-            "config.json": _json(config.to_openai()),
-            "dtypes.json": _json({tensor.name: _openai_dtype(tensor) for tensor in tensors}),
-            "tokenizer.json": tokenizer,
-        }
-    ids = {token["content"]: token["id"] for token in json.loads(tokenizer)["added_tokens"]}
-    # A small vocabulary has its special tokens elsewhere; transformers refuses ids that lie outside.
-    special = {"eos_token_id": ids["<|return|>"], "pad_token_id": ids["<|endoftext|>"]}
-    generation = {
-        "bos_token_id": ids["<|startoftext|>"],
-        "do_sample": True,
-        "eos_token_id": [ids["<|return|>"], ids["<|endoftext|>"], ids["<|call|>"]],
-        "pad_token_id": ids["<|endoftext|>"],
-    }
-    return {
-        "config.json": _json(config.to_hf(mxfp4=experts == "mxfp4") | special),
-        "generation_config.json": _json(generation),
-        "tokenizer.json": tokenizer,
-    }
-
-
-def _openai_dtype(tensor: FileTensor) -> str:
-    return {"blocks": "FP4", "scales": "UE8"}.get(tensor.name.rpartition(".")[2], "BF16")
-
-
 def _byte_tokenizer(vocab_size: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         write_byte_tokenizer(path, vocab_size)
         return path.read_bytes()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

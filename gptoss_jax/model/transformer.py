@@ -5,6 +5,7 @@ ids ─► embedding ─► 24|36 × ( + attention(norm(x)) ; + experts(norm(x))
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -133,9 +134,11 @@ def parameters(model: GptOss) -> dict[str, nnx.Param]:
     return {".".join(map(str, path)): value for path, value in flat}
 
 
+@functools.cache  # tracing 36 layers takes seconds
 def parameter_shapes(config: ModelConfig, experts: Experts) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter by its path."""
-    return {path: value.shape for path, value in parameters(abstract_model(config, experts=experts)).items()}
+    found = parameters(abstract_model(config, experts=experts))
+    return MappingProxyType({path: value.shape for path, value in found.items()})
 
 
 def with_parameters(model: GptOss, values: Mapping[str, jax.Array]) -> GptOss:

@@ -327,7 +327,7 @@ def test_nothing_is_logged_in_a_good_conversion(
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path):
-    """60 MB more of weights, the same peak. The margin is a batch: which buffers are free by then is a matter of luck."""
+    """45 MB more of weights, the same peak. The margin is a batch: when its buffers are free is a matter of luck."""
     wide = dataclasses.replace(TINY, width=512, expert_width=768, num_experts=16, vocab_size=8192)
     margin = 24 << 20
     peaks = []
@@ -343,8 +343,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path):
             check=True,
         ).stdout
         peaks.append(json.loads(printed)["peak_bytes"])
-        nbytes = sum(path.stat().st_size for path in (tmp_path / "source").iterdir())
         shutil.rmtree(tmp_path / "source")
         shutil.rmtree(tmp_path / "checkpoint")
-    print(peaks, nbytes)
     assert peaks[1] - peaks[0] < margin

@@ -1,4 +1,4 @@
-"""Several processes on one conversion, and on one checkpoint: the same bytes, each reading its own part, none hanging."""
+"""Several processes on one conversion or checkpoint: the same bytes, each reading its own part, none hanging."""
 
 import contextlib
 import dataclasses

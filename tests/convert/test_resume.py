@@ -40,6 +40,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected(source: Path) -> dict[str, bytes]:
+    """What a conversion without interruption writes; test_conversion.py shows that batches leave no trace in it."""
+    convert(source, source.parent / "expected", mesh=MESH)
+    return tree(source.parent / "expected")
+
+
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "BATCH_BYTES", SMALL_BATCHES)
@@ -48,7 +55,9 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def worker(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, WORKER, *arguments, "--mesh", MESH, "--batch-bytes", SMALL_BATCHES]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -95,15 +104,15 @@ def interrupt(source: Path, destination: Path, *, after: int, mesh: MeshShape = 
 
 def killed_and_resumed(source: Path, root: Path, points: list[str]) -> None:
     process = worker("kill", source, root, *(word for point in points for word in ("--at", point)))
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
+    printed, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
     ends = json.loads(printed)
     assert ends.pop("whole") == [0]
     assert ends == {str(n): [signal.SIGKILL, 0] for n in range(len(points))}, points
     assert set(os.listdir(root)) == {"whole", *ends}
-    expected = tree(root / "whole")
+    whole = tree(root / "whole")
     for n, point in enumerate(points):
-        assert tree(root / str(n)) == expected, point
+        assert tree(root / str(n)) == whole, point
 
 
 def test_killed_at_named_steps_it_goes_on(source: Path, tmp_path: Path):
@@ -115,9 +124,10 @@ def test_killed_anywhere_it_goes_on(source: Path, tmp_path: Path):
     killed_and_resumed(source, tmp_path, OTHERS)
 
 
-def test_killed_from_outside_it_goes_on_without_doing_things_twice(source: Path, tmp_path: Path, small_batches):
+def test_killed_from_outside_it_goes_on_without_doing_things_twice(
+    source: Path, expected, tmp_path: Path, small_batches
+):
     """kill -9 once some batches are stored, in the middle of whatever it then does."""
-    convert(source, tmp_path / "expected", mesh=MESH)
     destination, staging = tmp_path / "checkpoint", tmp_path / "checkpoint.unfinished"
     process = worker("convert", source, destination)
     deadline = time.monotonic() + 120
@@ -137,32 +147,42 @@ def test_killed_from_outside_it_goes_on_without_doing_things_twice(source: Path,
     kept = {path for path in before if path.split("/")[0] in done}
     assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
     assert seen[0][0] > 0
-    assert tree(destination) == tree(tmp_path / "expected")
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "expected"]
+    assert tree(destination) == expected
+    assert os.listdir(tmp_path) == ["checkpoint"]
 
 
 # --- interruptions of all kinds -----------------------------------------------------------------------------------
 
 
-def test_an_exception_from_outside_keeps_the_work(source: Path, tmp_path: Path, small_batches):
+def test_an_exception_from_outside_keeps_the_work(source: Path, expected, tmp_path: Path, small_batches):
     interrupt(source, tmp_path / "checkpoint", after=5)
     convert(source, tmp_path / "checkpoint", mesh=MESH)
-    convert(source, tmp_path / "expected", mesh=MESH)
-    assert tree(tmp_path / "checkpoint") == tree(tmp_path / "expected")
+    assert tree(tmp_path / "checkpoint") == expected
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"stored": {"norm', b'{"tensor": "x", "dtype"', b"\xff\x00"])
+@pytest.mark.parametrize("torn", [b"", b'{"stored": {"norm', b"\xff\x00"])
 def test_a_journal_that_ends_in_the_middle_of_a_line_is_read_to_there(
-    torn, source: Path, tmp_path: Path, small_batches
+    torn, source: Path, expected, tmp_path: Path, small_batches
 ):
-    convert(source, tmp_path / "expected", mesh=MESH)
     interrupt(source, tmp_path / "checkpoint", after=6)
     journal = tmp_path / "checkpoint.unfinished" / "journal.0.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:-1]) + torn)
     interrupt(source, tmp_path / "checkpoint", after=2)  # the torn line must not spoil the next one either
     convert(source, tmp_path / "checkpoint", mesh=MESH)
-    assert tree(tmp_path / "checkpoint") == tree(tmp_path / "expected")
+    assert tree(tmp_path / "checkpoint") == expected
+
+
+def test_a_disk_that_refuses_keeps_the_work(source: Path, expected, tmp_path: Path, small_batches):
+    """As a disk that is full halfway: no file may be larger than the embedding's, and those of the experts are."""
+    process = worker("convert", source, tmp_path / "checkpoint", "--largest-file", 60_000)
+    _, error = process.communicate(timeout=120)
+    staging = tmp_path / "checkpoint.unfinished"
+    assert process.returncode == 1
+    assert f"UserError: {staging} cannot be written: File too large; what is there is kept: make room, then" in error
+    assert journaled(staging)
+    convert(source, tmp_path / "checkpoint", mesh=MESH)
+    assert tree(tmp_path / "checkpoint") == expected
 
 
 def test_another_command_does_not_go_on(source: Path, tmp_path: Path, small_batches):
@@ -173,9 +193,9 @@ def test_another_command_does_not_go_on(source: Path, tmp_path: Path, small_batc
     with pytest.raises(UserError) as caught:
         convert(source, destination, mesh=MeshShape(expert=4))
     assert str(caught.value) == (
-        f"{staging} was begun with mesh=data=1,expert=2,tensor=2; expected mesh=data=1,expert=4,tensor=1: {way_out}"
+        f"{staging} was begun with mesh=data=1,expert=2,tensor=2, not data=1,expert=4,tensor=1: {way_out}"
     )
-    with pytest.raises(UserError, match=f"was begun with experts=mxfp4; expected experts=bf16: {way_out}"):
+    with pytest.raises(UserError, match=f"was begun with experts=mxfp4, not bf16: {way_out}"):
         convert(source, destination, mesh=MESH, experts="bf16")
     assert tree(staging) == before
     convert(source, destination, mesh=MESH)
@@ -187,7 +207,9 @@ def test_a_source_that_changed_in_between_is_noticed(source: Path, tmp_path: Pat
     interrupt(copy, tmp_path / "checkpoint", after=3)
     write_checkpoint(tmp_path / "other", CONFIG, seed=1)
     (tmp_path / "other" / "model.safetensors").rename(copy / "model.safetensors")
-    with pytest.raises(UserError, match="was begun from another source, or its files changed; expected"):
+    with pytest.raises(
+        UserError, match="was begun from another source, or files of the source have changed since: repeat"
+    ):
         convert(copy, tmp_path / "checkpoint", mesh=MESH)
     shutil.rmtree(tmp_path / "checkpoint.unfinished")
     convert(copy, tmp_path / "checkpoint", mesh=MESH)
@@ -196,7 +218,7 @@ def test_a_source_that_changed_in_between_is_noticed(source: Path, tmp_path: Pat
 # --- two at once --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_conversion_into_the_same_place_is_refused(source: Path, tmp_path: Path, small_batches):
+def test_a_second_conversion_into_the_same_place_is_refused(source: Path, expected, tmp_path: Path, small_batches):
     destination = tmp_path / "checkpoint"
     begun, refused = threading.Event(), threading.Event()
 
@@ -215,5 +237,4 @@ def test_a_second_conversion_into_the_same_place_is_refused(source: Path, tmp_pa
         first.join()
     with pytest.raises(UserError, match="exists; expected a destination that does not"):
         convert(source, destination, mesh=MESH)
-    convert(source, tmp_path / "expected", mesh=MESH)
-    assert tree(destination) == tree(tmp_path / "expected")
+    assert tree(destination) == expected

@@ -112,7 +112,7 @@ def test_packing_decoded_experts_again_keeps_every_value(rule, folders: dict[str
         blocks = packed.read(f"{stem}.blocks", whole((*shape[:-1], shape[-1] // 32, 16)))
         scales = packed.read(f"{stem}.scales", whole((*shape[:-1], shape[-1] // 32)))
         values = plain.read(f"{stem}.weight", whole(shape))
-        # Codes are 1 or 1.5 times a power of two: by every rule the largest of a block becomes 4 or 6, without rounding.
+        # Codes are 1 or 1.5 times a power of two: by every rule the largest of a block becomes 4 or 6, unrounded.
         np.testing.assert_array_equal(mxfp4.decode_on_host(blocks, scales).astype(float), values.astype(float))
         box = (slice(3, 5), *whole(shape[1:-1]), slice(1, 4))
         assert packed.read(f"{stem}.scales", box).tobytes() == np.ascontiguousarray(scales[box]).tobytes()

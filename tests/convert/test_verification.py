@@ -168,6 +168,8 @@ def forge(checkpoint: Path, name: str) -> None:
     flip(path, 8 * 1000)
     document = manifest_of(checkpoint)
     document["files"][name]["crc32"] = f"{zlib.crc32(path.read_bytes()):08x}"
+    del document["crc32"]
+    document["crc32"] = f"{zlib.crc32(json.dumps(document, sort_keys=True).encode()):08x}"
     (checkpoint / "manifest.json").write_text(json.dumps(document))
 
 
@@ -254,6 +256,24 @@ def test_a_damaged_manifest_ends_it(ours: Path, damage, message: str) -> None:
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=message):
         verify(ours)
+
+
+def test_a_flipped_bit_in_the_manifest_ends_it_or_means_nothing(folders: Path, ours: Path) -> None:
+    """What is left to mean nothing is white space for white space."""
+    path = ours / "manifest.json"
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(200):
+        bit = generator.randrange(8 * len(whole))
+        flip(path, bit)
+        text = path.read_bytes()
+        path.write_bytes(whole)
+        if text.split() == whole.split():
+            continue
+        path.write_bytes(text)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            verify(ours)
+        path.write_bytes(whole)
 
 
 def test_a_release_alone_has_nothing_to_be_held_to(folders: Path, tmp_path: Path) -> None:

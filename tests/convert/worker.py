@@ -35,6 +35,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
     conversion.BATCH_BYTES = options.batch_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (options.largest_file, resource.RLIM_INFINITY))
     if options.processes > 1:
         jax.distributed.initialize(f"127.0.0.1:{options.port}", options.processes, options.process)
     mesh = MeshShape.parse(options.mesh)
@@ -63,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--port", type=int)
+    parser.add_argument("--largest-file", type=int, default=resource.RLIM_INFINITY)
     parser.add_argument("--at", action="append", default=[])
     return parser.parse_args()
 
@@ -92,7 +94,7 @@ def _kill_and_resume(source: Path, root: Path, mesh: MeshShape, points: list[str
 
 
 def _count(steps: Any, root: Path, until: str) -> None:
-    """Counts the steps below `root` and kills this process before the step `until`: its number, or its name and path."""
+    """Counts the steps below `root` and kills this process before the step `until`, a number or a name and path."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if not (event in _STEPS or (event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE)):
