@@ -84,7 +84,8 @@ def convert(
         on_progress: called with bytes stored so far and in all.
 
     Raises:
-        UserError: bad source, destination or mesh, or no room; nothing is left behind that was not there before.
+        UserError: bad source, destination or mesh, or no room: nothing is left behind that was not there before. Or
+            the disk refuses halfway: what is there is kept, to go on with.
     """
     source = Source.open(source_path)
     stored: Parameters = source
@@ -163,7 +164,8 @@ def _begin(job: Job, destination: Path, plan: dict[str, Any]) -> bool:
         finished = os.path.lexists(destination) and job.staging.plan() == plan
         if not finished:
             _refuse_existing(destination)
-            _check_room(job)
+            if jax.process_index() == 0:
+                _check_room(job)
             job.staging.begin(plan)
     barrier("begun")
     return finished

@@ -51,6 +51,12 @@ class Staging:
             if jax.process_index() == 0:
                 lock = self._lock()
         try:
+            with together("finding the unfinished folder"):
+                if not self.path.is_dir():
+                    raise UserError(
+                        f"process {jax.process_index()} does not see {self.path}, which process 0 has made; "
+                        "name a destination on a disk that all processes share"
+                    )
             yield
         finally:
             if lock is not None:

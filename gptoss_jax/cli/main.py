@@ -95,10 +95,10 @@ def _init(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT", help="a new folder")
     parser.add_argument("--model", required=True, help="gpt-oss-20b, gpt-oss-120b, tiny, …")
     parser.add_argument("--layers", type=int, metavar="N", help="keep only the first N layers")
-    parser.add_argument("--num-experts", type=int, metavar="N", help="give every layer N experts")
+    parser.add_argument("--experts", type=int, metavar="N", help="give every layer N experts")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--layout", choices=("hf", "original"), default="hf", help="default: %(default)s")
-    parser.add_argument("--experts", choices=("mxfp4", "bf16"), default="mxfp4", help="how experts are stored")
+    parser.add_argument("--expert-format", choices=("mxfp4", "bf16"), default="mxfp4", help="default: %(default)s")
 
 
 def _convert(commands: Commands) -> None:

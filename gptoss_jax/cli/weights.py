@@ -22,8 +22,8 @@ from gptoss_jax.sharding import MeshShape
 
 
 def init(options: argparse.Namespace) -> int:
-    config = _cut(model_config(options.model), layers=options.layers, num_experts=options.num_experts)
-    tensors = names.file_tensors(config, layout=options.layout, experts=options.experts)
+    config = _cut(model_config(options.model), layers=options.layers, num_experts=options.experts)
+    tensors = names.file_tensors(config, layout=options.layout, experts=options.expert_format)
     total, done, start = sum(tensor.nbytes for tensor in tensors), 0, time.perf_counter()
     with progress("writing") as show:
 
@@ -37,7 +37,7 @@ def init(options: argparse.Namespace) -> int:
             config,
             seed=options.seed,
             layout=options.layout,
-            experts=options.experts,
+            experts=options.expert_format,
             on_bytes=on_bytes,
         )
     _report(options.out, total, start)

@@ -97,7 +97,7 @@ def test_more_layers_than_there_are(say, tmp_path: Path):
 
 
 def test_bf16_experts_in_openais_layout(say, tmp_path: Path):
-    complaint = say("init", tmp_path / "out", "--model", "tiny", "--layout", "original", "--experts", "bf16")
+    complaint = say("init", tmp_path / "out", "--model", "tiny", "--layout", "original", "--expert-format", "bf16")
     assert "OpenAI's layout holds MXFP4 experts only" in complaint
     assert not [*tmp_path.iterdir()]
 
