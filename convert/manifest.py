@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
+
+from isal import isal_zlib
 
 from gptoss_jax.convert.json_file import read_object, write_object
 from gptoss_jax.convert.names import Layout
@@ -41,7 +42,7 @@ class StoredFile:
         with path.open("rb") as file:
             while piece := file.read(_CHUNK):
                 nbytes += len(piece)
-                checksum = zlib.crc32(piece, checksum)
+                checksum = isal_zlib.crc32(piece, checksum)
         return cls(nbytes, f"{checksum:08x}")
 
 
@@ -120,4 +121,4 @@ class Manifest:
 def _own_checksum(document: Mapping[str, Any]) -> str:
     """Of everything but itself, however the file spaces and sorts it."""
     rest = {key: value for key, value in document.items() if key != "crc32"}
-    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+    return f"{isal_zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"

@@ -135,6 +135,7 @@ def _saving() -> ocp.Context:
     saving.enable_write_sharding_file = False  # names the devices of this machine; nobody asks for them
     saving.array_metadata_store = None  # what every process would say again of arrays that say it themselves
     saving.scoped_storage_options_creator = _storage
+    context.memory.deepcopy_host_arrays = False  # a batch is saved before anyone touches its arrays again
     return context
 
 

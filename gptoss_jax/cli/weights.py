@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from gptoss_jax.cli import devices
+from gptoss_jax.cli import devices, memory
 from gptoss_jax.cli.terminal import progress, size, table
 from gptoss_jax.configs import model_config
 from gptoss_jax.convert import conversion, names, synthetic
@@ -45,6 +45,7 @@ def init(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
+    memory.share_one_arena()
     mesh = MeshShape.parse(options.mesh)
     num_processes = devices.join(options.coordinator, options.num_processes, options.process_id)
     devices.simulate_mesh(mesh, num_processes=num_processes)
