@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.kernels.attention import full, sliding, xla
+from gptoss_jax.kernels.choose import implementations
 from tests import oracle
 
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 16
@@ -33,7 +34,7 @@ class Case:
             out[row] = oracle.attention(q, k, v, self.sinks.astype(np.float64), window=window)[0]
         return out
 
-    def full(self, *, slots: int | None = None) -> np.ndarray:
+    def full(self, *, slots: int | None = None, impl: str = "xla", dtype=jnp.float32) -> np.ndarray:
         """Keys lie where their positions say, with garbage behind each row's last, up to `slots`."""
         slots = slots or self.k.shape[1]
         k = np.full((len(self.k), slots, KV_HEADS, HEAD_DIM), GARBAGE, np.float32)
@@ -41,9 +42,12 @@ class Case:
         for row, first in enumerate(self.first_query):
             end = first + self.q.shape[1]
             k[row, :end], v[row, :end] = self.k[row, :end], self.v[row, :end]
-        return np.asarray(full(*map(jnp.asarray, (self.q, k, v, self.sinks)), first_query=self._first()))
+        arrays = (*(jnp.asarray(x, dtype) for x in (self.q, k, v)), jnp.asarray(self.sinks))
+        out = full(*arrays, first_query=self._first(), impl=impl)
+        assert out.dtype == dtype
+        return np.asarray(out, np.float32)
 
-    def sliding(self, *, window: int) -> np.ndarray:
+    def sliding(self, *, window: int, impl: str = "xla", dtype=jnp.float32) -> np.ndarray:
         """Keys are the window before the first query and then the queries' own; garbage stands before position 0."""
         num_keys = window + self.q.shape[1]
         k = np.full((len(self.k), num_keys, KV_HEADS, HEAD_DIM), GARBAGE, np.float32)
@@ -52,8 +56,10 @@ class Case:
             start = first - window
             k[row, max(-start, 0) :] = self.k[row, max(start, 0) : start + num_keys]
             v[row, max(-start, 0) :] = self.v[row, max(start, 0) : start + num_keys]
-        arrays = map(jnp.asarray, (self.q, k, v, self.sinks))
-        return np.asarray(sliding(*arrays, first_query=self._first(), window=window))
+        arrays = (*(jnp.asarray(x, dtype) for x in (self.q, k, v)), jnp.asarray(self.sinks))
+        out = sliding(*arrays, first_query=self._first(), window=window, impl=impl)
+        assert out.dtype == dtype
+        return np.asarray(out, np.float32)
 
     def _first(self) -> jax.Array:
         return jnp.asarray(self.first_query, jnp.int32)
@@ -141,14 +147,24 @@ def test_a_query_that_sees_nothing_is_zero():
     assert not np.asarray(sliding(*padded, first_query=nowhere, window=9)).any()
 
 
-def test_bfloat16_in_and_out():
-    case = Case([17, 2], 9)
-    half = [jnp.asarray(x, jnp.bfloat16) for x in (case.q, case.k, case.v)]
-    case.q, case.k, case.v = (np.asarray(x).astype(np.float32) for x in half)
-    out = full(*half, jnp.asarray(case.sinks), first_query=jnp.asarray(case.first_query))
-    assert out.dtype == jnp.bfloat16
-    # Weights and the result are rounded to 8 bits each: 2^-8 of values that reach 3.
-    np.testing.assert_allclose(np.asarray(out).astype(np.float32), case.expected(window=None), atol=2e-2)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("first_query", "num_queries"), [([0], 21), ([30, 0, 7], 13), ([5, 41, 0], 1)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("impl", implementations("attention", platform="cpu"))
+def test_every_implementation_agrees_with_the_oracle(
+    impl: str, dtype, first_query: list[int], num_queries: int, window: int | None
+):
+    """Prompts, chunks over caches of different length, and decoding; with sinks that matter."""
+    case = Case(first_query, num_queries, seed=7)
+    case.sinks *= 3
+    case.q, case.k, case.v = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (case.q, case.k, case.v))
+    if window is None:
+        out = case.full(slots=case.k.shape[1] + 19, impl=impl, dtype=dtype)
+    else:
+        out = case.sliding(window=window, impl=impl, dtype=dtype)
+    # In bfloat16 the scaled queries, the weights and the result are rounded to 8 bits: 2^-8 of values that reach 3.
+    tolerance = TOLERANCE if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(out, case.expected(window=window), atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])

@@ -8,19 +8,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.errors import Unsupported
+from gptoss_jax.kernels.choose import implementations, layout
+from gptoss_jax.kernels.columns import Columns, columns_codes, columns_scales
 from gptoss_jax.kernels.moe_matmul import moe_matmul
 from gptoss_jax.kernels.mxfp4 import MXFP4
 from tests import oracle
 
-INPUTS, OUTPUTS = 96, 80
+INPUTS, OUTPUTS, LIMIT = 96, 80, 1.5
 # Of each output's spread: the order of a float32 sum; bfloat16 operands are exact in it, so they cost nothing more.
 TOLERANCE = 1e-5
 
 
-def random_weight(num_experts: int, *, seed: int = 0, outputs: int = OUTPUTS, inputs: int = INPUTS) -> MXFP4:
+GROUPS = [  # few different numbers of rows: each is compiled once
+    ((0, 10, 0, 1), 11),
+    ((11, 0, 0, 0), 11),
+    ((0, 0, 0, 11), 11),
+    ((3, 3, 2, 3), 11),
+    ((1, 0, 2, 0), 11),  # eight rows belong to nobody
+    ((0, 0, 0, 0), 11),
+    ((0, 0, 1, 0), 1),
+    ((0, 300, 0, 0), 300),  # more than one tile of any size
+    ((3, 270, 9, 1), 300),
+]
+run = jax.jit(moe_matmul, static_argnames=("swiglu_limit", "impl"))
+# How the weights lie, and for whom. "xla" takes them all, the others those of their layout.
+FORMS = [
+    ("mxfp4", "xla"),
+    ("plain", "xla"),
+    ("columns", "xla"),
+    *(
+        (form, impl)
+        for impl in implementations("moe_matmul", platform="cpu")
+        if impl != "xla"
+        for form in ("packed", "plain")
+    ),
+]
+
+
+def random_weight(
+    num_experts: int, *, seed: int = 0, outputs: int | tuple[int, ...] = OUTPUTS, inputs: int = INPUTS
+) -> MXFP4:
     rng = np.random.default_rng(seed)
-    blocks = rng.integers(256, size=(num_experts, outputs, inputs // 32, 16), dtype=np.uint8)
-    scales = rng.integers(121, 125, size=(num_experts, outputs, inputs // 32), dtype=np.uint8)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    blocks = rng.integers(256, size=(num_experts, *outputs, inputs // 32, 16), dtype=np.uint8)
+    scales = rng.integers(121, 125, size=(num_experts, *outputs, inputs // 32), dtype=np.uint8)
     return MXFP4(blocks, scales)
 
 
@@ -28,44 +60,66 @@ def on_device(weight: MXFP4) -> MXFP4:
     return jax.tree.map(jnp.asarray, weight)
 
 
-def loop(x: np.ndarray, matrices: np.ndarray, bias: np.ndarray, group_sizes: tuple[int, ...]) -> np.ndarray:
+def in_columns(weight: MXFP4) -> Columns:
+    """Gate and up apart, inputs before outputs: from the released form by hand."""
+    blocks, scales = weight.blocks, weight.scales
+    if scales.ndim == 4:
+        blocks, scales = blocks.swapaxes(1, 2), scales.swapaxes(1, 2)
+    return Columns(jnp.asarray(columns_codes(blocks)), jnp.asarray(columns_scales(scales)))
+
+
+def loop(
+    x: np.ndarray, matrices: np.ndarray, bias: np.ndarray, group_sizes: tuple[int, ...], *, limit: float | None = None
+) -> np.ndarray:
     out, start = np.zeros((len(x), matrices.shape[1])), 0
     for expert, size in enumerate(group_sizes):
         rows = slice(start, start + size)
-        out[rows] = x[rows].astype(np.float64) @ matrices[expert].T + bias[expert].astype(np.float64)
+        flat = x[rows].astype(np.float64) @ matrices[expert].reshape(-1, x.shape[1]).T
+        flat = flat + bias[expert].astype(np.float64).reshape(-1)
+        out[rows] = flat if limit is None else oracle.swiglu(flat, limit=limit)
         start += size
     return out
 
 
-@pytest.mark.parametrize(
-    ("group_sizes", "num_rows"),
-    [
-        ((0, 7, 0, 1), 8),
-        ((8, 0, 0, 0), 8),
-        ((0, 0, 0, 8), 8),
-        ((2, 2, 2, 2), 8),
-        ((1, 0, 2, 0), 11),  # eight rows belong to nobody
-        ((0, 0, 0, 0), 5),
-        ((0, 0, 1, 0), 1),
-        ((0, 300, 0, 0), 300),  # more than one tile of any size
-        ((3, 270, 9, 1), 290),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "plain"])
+@pytest.mark.parametrize("swiglu_limit", [None, LIMIT], ids=["sums", "swiglu"])
+@pytest.mark.parametrize(("group_sizes", "num_rows"), GROUPS, ids=str)
+@pytest.mark.parametrize(("form", "impl"), FORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])
-def test_agrees_with_a_loop(group_sizes: tuple[int, ...], num_rows: int, packed: bool, dtype):
+def test_agrees_with_a_loop(
+    group_sizes: tuple[int, ...], num_rows: int, form: str, impl: str, dtype, swiglu_limit: float | None
+):
     rng = np.random.default_rng(1)
-    weight = random_weight(4)
+    outputs = (OUTPUTS,) if swiglu_limit is None else (OUTPUTS, 2)
+    weight = random_weight(4, outputs=outputs)
     matrices = oracle.mxfp4_decode(weight.blocks, weight.scales)
     x = jnp.asarray(rng.standard_normal((num_rows, INPUTS)), dtype)
-    bias = jnp.asarray(rng.standard_normal((4, OUTPUTS)), dtype)
-    given = on_device(weight) if packed else jnp.asarray(matrices, dtype)  # bfloat16 holds them exactly too
-    out = moe_matmul(x, given, bias, jnp.asarray(group_sizes))
-    assert out.dtype == jnp.float32
-    expected = loop(np.asarray(x), matrices, np.asarray(bias), group_sizes)
-    np.testing.assert_allclose(out, expected, atol=TOLERANCE * np.sqrt(INPUTS))
+    bias = jnp.asarray(rng.standard_normal((4, *outputs)), dtype)
+    out = run(x, given(weight, form, impl, dtype), bias, jnp.asarray(group_sizes), swiglu_limit=swiglu_limit, impl=impl)
+    assert out.dtype == (jnp.float32 if swiglu_limit is None else dtype)
+    expected = loop(np.asarray(x), matrices, np.asarray(bias), group_sizes, limit=swiglu_limit)
+    tolerance = TOLERANCE * np.sqrt(INPUTS)
+    if swiglu_limit is not None:  # up to (limit + 1) times as steep as the sums; and rounded to x's dtype
+        tolerance = tolerance * (LIMIT + 1) + np.abs(expected) * jnp.finfo(dtype).eps
+    assert (np.abs(np.asarray(out, np.float64) - expected) <= tolerance).all()
     assert not np.asarray(out)[sum(group_sizes) :].any()
+
+
+def given(weight: MXFP4, form: str, impl: str, dtype) -> MXFP4 | Columns | jax.Array:
+    """The weight as the implementation wants it."""
+    if form == "columns" or (form == "packed" and layout(impl) == "columns"):
+        return in_columns(weight)
+    if form != "plain":
+        return on_device(weight)
+    return in_columns(weight).decode(dtype) if layout(impl) == "columns" else on_device(weight).decode(dtype)
+
+
+@pytest.mark.parametrize(("impl", "wrong"), [("tpu", "mxfp4"), ("tpu-interpret", "mxfp4"), ("gpu", "columns")])
+def test_the_wrong_layout_is_refused(impl: str, wrong: str):
+    weight = given(random_weight(4), wrong, impl, jnp.float32)
+    with pytest.raises(
+        Unsupported, match=f"{impl!r} reads packed weights in (rows|columns), these are {type(weight).__name__}"
+    ):
+        moe_matmul(jnp.ones((3, INPUTS)), weight, jnp.ones((4, OUTPUTS)), jnp.array([1, 1, 1, 0]), impl=impl)
 
 
 def test_rows_of_nobody_may_hold_anything():

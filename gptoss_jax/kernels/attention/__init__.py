@@ -1,8 +1,104 @@
 """Attention with sinks over cached keys: `full` sees every earlier position, `sliding` the last `window`.
 
-One door; xla.py is the readable reference that every other implementation is judged by.
+One door to every implementation, and the place where they are differentiated: whatever ran forward, backward.py goes
+back. xla.py is the readable reference that the others are judged by; choose.py lists them.
 """
 
-from gptoss_jax.kernels.attention.xla import full, sliding
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from gptoss_jax.kernels.attention import backward
+from gptoss_jax.kernels.choose import function
 
 __all__ = ["full", "sliding"]
+
+
+def full(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    sinks: Float[Array, " N"],
+    *,
+    first_query: Int[Array, " B"],
+    impl: str = "xla",
+    device_kind: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of each query to every key up to its own position.
+
+    Args:
+        q: the query t of row b stands at position first_query[b] + t.
+        k: the key at index i stands at position i; those past the query are invisible, and may be anything finite.
+        v: as k.
+        sinks: one more logit per head in its softmax, which has no value.
+        first_query: see q.
+        impl: a name of `choose`, resolved.
+        device_kind: whose block sizes are taken, where kernels/tuned has them.
+    """
+    return _full(q, k, v, sinks, first_query, impl, device_kind)
+
+
+def sliding(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B {window}+T K H"],
+    v: Float[Array, "B {window}+T K H"],
+    sinks: Float[Array, " N"],
+    *,
+    first_query: Int[Array, " B"],
+    window: int,
+    impl: str = "xla",
+    device_kind: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of each query to `window` keys, its own included.
+
+    Args as for `full`, but the key at index i of row b stands at position first_query[b] - window + i: the `window`
+    positions before the first query, then one key per query. What stands before position 0 is invisible.
+    """
+    return _sliding(q, k, v, sinks, first_query, window, impl, device_kind)
+
+
+# jax.custom_vjp takes no keyword-only arguments.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _full(q: Array, k: Array, v: Array, sinks: Array, first_query: Array, impl: str, device_kind: str | None) -> Array:
+    found = function("attention", "full", impl, device_kind=device_kind)
+    return found(q, k, v, sinks, first_query=first_query)
+
+
+def _full_forward(*operands: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _full(*operands), operands[:5]
+
+
+def _full_backward(
+    impl: str, device_kind: str | None, saved: tuple[Array, ...], d_out: Array
+) -> tuple[Array | None, ...]:
+    q, k, v, sinks, first_query = saved
+    return (*backward.full(q, k, v, sinks, d_out, first_query=first_query), None)
+
+
+_full.defvjp(_full_forward, _full_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _sliding(
+    q: Array, k: Array, v: Array, sinks: Array, first_query: Array, window: int, impl: str, device_kind: str | None
+) -> Array:
+    found = function("attention", "sliding", impl, device_kind=device_kind)
+    return found(q, k, v, sinks, first_query=first_query, window=window)
+
+
+def _sliding_forward(*operands: Any) -> tuple[Array, tuple[Array, ...]]:
+    return _sliding(*operands), operands[:5]
+
+
+def _sliding_backward(
+    window: int, impl: str, device_kind: str | None, saved: tuple[Array, ...], d_out: Array
+) -> tuple[Array | None, ...]:
+    q, k, v, sinks, first_query = saved
+    return (*backward.sliding(q, k, v, sinks, d_out, first_query=first_query, window=window), None)
+
+
+_sliding.defvjp(_sliding_forward, _sliding_backward)

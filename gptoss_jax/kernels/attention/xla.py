@@ -10,15 +10,19 @@ Queries are taken in blocks, so that the scores of one block, not [T, S] of them
       query 5  x x x x x x                     query 2  . . . x | x x x
 """
 
+import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 _SCORES_AT_ONCE = 1 << 26  # float32 scores of one block of queries: 256 MiB
 _MOST_QUERIES = 512
+
+Index = Int[Array, ""] | int
+# index of a block's first query -> (index of its first key, which query sees which key from there on)
+Sight = Callable[[Index], tuple[Index, Bool[Array, "B t s"]]]
 
 
 def full(
@@ -30,14 +34,7 @@ def full(
     first_query: Int[Array, " B"],
 ) -> Float[Array, "B T N H"]:
     """Query t of row b stands at position first_query[b] + t and sees the keys up to there. Softmax in float32."""
-    rows, num_queries, heads, _ = q.shape
-    key_positions = jnp.arange(k.shape[1])
-
-    def block(q: Float[Array, "B t N H"], start: Int[Array, ""] | int) -> Float[Array, "B t N H"]:
-        positions = first_query[:, None] + start + jnp.arange(q.shape[1])
-        return _attend(q, k, v, sinks, key_positions <= positions[:, :, None])
-
-    return _in_blocks(block, q, _block_size(rows * heads * k.shape[1], num_queries))
+    return _in_blocks(q, k, v, sinks, full_blocks(q, k, first_query=first_query))
 
 
 def sliding(
@@ -50,20 +47,86 @@ def sliding(
     window: int,
 ) -> Float[Array, "B T N H"]:
     """Query t sees `window` keys, its own included. The keys: the `window` positions before the first query, then T."""
+    return _in_blocks(q, k, v, sinks, sliding_blocks(q, first_query=first_query, window=window))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Queries in blocks of `size`. The last block begins early rather than reach past the last query."""
+
+    num_queries: int
+    size: int
+    sight: Sight
+
+    @property
+    def count(self) -> int:
+        return -(-self.num_queries // self.size)
+
+    def start(self, i: Index) -> Int[Array, ""]:
+        """The first query of block i; those before i * size have had their turn."""
+        return jnp.minimum(i * self.size, self.num_queries - self.size)
+
+
+def full_blocks(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, first_query: Int[Array, " B"]) -> Blocks:
     rows, num_queries, heads, _ = q.shape
-    size = _block_size(rows * heads * (window + _MOST_QUERIES), num_queries)
-    num_keys = min(size, num_queries) + window
-    k, v = (_pad_axis1(x, -num_queries % size if num_queries > size else 0) for x in (k, v))
+    num_keys = k.shape[1]
+    size = _block_size(num_queries, scores_per_query=rows * heads * num_keys)
 
-    def block(q: Float[Array, "B t N H"], start: Int[Array, ""] | int) -> Float[Array, "B t N H"]:
-        near_k = lax.dynamic_slice_in_dim(k, start, num_keys, axis=1)
-        near_v = lax.dynamic_slice_in_dim(v, start, num_keys, axis=1)
-        query, key = jnp.arange(q.shape[1])[:, None], jnp.arange(num_keys)
-        in_window = (key > query) & (key <= query + window)  # key i of the block stands `window` before query i
+    def sight(start: Index) -> tuple[Index, Bool[Array, "B t S"]]:
+        positions = first_query[:, None] + start + jnp.arange(size)
+        return 0, jnp.arange(num_keys) <= positions[:, :, None]
+
+    return Blocks(num_queries, size, sight)
+
+
+def sliding_blocks(q: Float[Array, "B T N H"], *, first_query: Int[Array, " B"], window: int) -> Blocks:
+    rows, num_queries, heads, _ = q.shape
+    size = _block_size(num_queries, scores_per_query=rows * heads * (window + _MOST_QUERIES))
+    query, key = jnp.arange(size)[:, None], jnp.arange(window + size)
+    in_window = (key > query) & (key <= query + window)  # key i of a block stands `window` before its query i
+
+    def sight(start: Index) -> tuple[Index, Bool[Array, "B t s"]]:
         exists = first_query[:, None] - window + start + key >= 0
-        return _attend(q, near_k, near_v, sinks, in_window & exists[:, None, :])
+        return start, in_window & exists[:, None, :]
 
-    return _in_blocks(block, q, size)
+    return Blocks(num_queries, size, sight)
+
+
+def softmax(
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B s K H"],
+    sinks: Float[Array, " N"],
+    visible: Bool[Array, "B t s"],
+) -> tuple[Float[Array, "B K G t s"], Float[Array, "B K G t 1"]]:
+    """How much each query takes of the keys it sees, and how much its head's sink takes. Query head h uses h // G."""
+    scores = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        grouped(q, k),
+        k,
+        precision=product_precision(q),
+        preferred_element_type=jnp.float32,
+    )
+    scores = jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    sink = sinks.astype(jnp.float32).reshape(k.shape[2], -1)[None, :, :, None, None]
+    top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)  # finite, since the sink is: a padded query is no NaN
+    weights, sink_weight = jnp.exp(scores - top), jnp.exp(sink - top)
+    total = weights.sum(axis=-1, keepdims=True) + sink_weight
+    return weights / total, sink_weight / total
+
+
+def grouped(q: Float[Array, "B t N H"], k: Float[Array, "B s K H"]) -> Float[Array, "B t K G H"]:
+    """Query heads beside the key head they use: head h uses h // G."""
+    rows, t, heads, head_dim = q.shape
+    return q.reshape(rows, t, k.shape[2], heads // k.shape[2], head_dim)
+
+
+def product_precision(x: Array) -> lax.Precision | None:
+    """Accelerators would round float32 operands."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def cut_axis1(x: Array, start: Index, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
 
 def _attend(
@@ -73,47 +136,36 @@ def _attend(
     sinks: Float[Array, " N"],
     visible: Bool[Array, "B t s"],
 ) -> Float[Array, "B t N H"]:
-    """Softmax over the visible keys and one sink per head, which has no value. Query head h uses key head h // G."""
-    rows, t, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(rows, t, kv_heads, heads // kv_heads, head_dim)
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    sink = sinks.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
-    top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)  # finite, since the sink is: a padded query is no NaN
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink - top)
+    """Values mixed by the softmax over the visible keys and one sink per head, which has no value."""
+    weights, _ = softmax(q, k, sinks, visible)
     mixed = jnp.einsum(
         "bkgts,bskh->btkgh",
-        (weights / total).astype(v.dtype),
+        weights.astype(v.dtype),
         v,
-        precision=precision,
+        precision=product_precision(q),
         preferred_element_type=jnp.float32,
     )
     return mixed.reshape(q.shape).astype(q.dtype)
 
 
-def _block_size(scores_per_query: int, num_queries: int) -> int:
-    """The largest power of two of queries whose scores fit, at most `_MOST_QUERIES`."""
+def _block_size(num_queries: int, *, scores_per_query: int) -> int:
+    """The largest power of two of queries whose scores fit, at most `_MOST_QUERIES`; or all of them."""
     fits = max(1, min(_SCORES_AT_ONCE // scores_per_query, _MOST_QUERIES, num_queries))
     return 1 << (fits.bit_length() - 1) if fits < num_queries else num_queries
 
 
-def _in_blocks(block: Callable[..., Array], q: Float[Array, "B T N H"], size: int) -> Float[Array, "B T N H"]:
-    """block(queries, index of the first) over T in steps of `size`; the last step is padded and cut again."""
-    num_queries = q.shape[1]
-    if size >= num_queries:
-        return block(q, 0)
-    padded = _pad_axis1(q, -num_queries % size)
-    steps = padded.shape[1] // size
+def _in_blocks(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B keys K H"],
+    v: Float[Array, "B keys K H"],
+    sinks: Float[Array, " N"],
+    blocks: Blocks,
+) -> Float[Array, "B T N H"]:
+    def step(i: Int[Array, ""], out: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        start = blocks.start(i)
+        first_key, visible = blocks.sight(start)
+        near_k, near_v = (cut_axis1(x, first_key, visible.shape[-1]) for x in (k, v))
+        done = _attend(cut_axis1(q, start, blocks.size), near_k, near_v, sinks, visible)
+        return lax.dynamic_update_slice_in_dim(out, done, start, axis=1)
 
-    def step(i: Int[Array, ""]) -> Float[Array, "B t N H"]:
-        return block(lax.dynamic_slice_in_dim(padded, i * size, size, axis=1), i * size)
-
-    done = lax.map(step, jnp.arange(steps))
-    return jnp.moveaxis(done, 0, 1).reshape(padded.shape)[:, :num_queries]
-
-
-def _pad_axis1(x: jax.Array, amount: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, amount)] + [(0, 0)] * (x.ndim - 2))
+    return lax.fori_loop(0, blocks.count, step, jnp.zeros_like(q))

@@ -6,68 +6,133 @@ Rows are sorted by expert. They are taken in tiles that never straddle two exper
     tiles         [0 0 0 0][0 . . .][2 2 . .][3 . . .]
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
+from gptoss_jax.kernels.choose import Layout
+from gptoss_jax.kernels.columns import Columns
+from gptoss_jax.kernels.moe_matmul.swiglu import swiglu
 from gptoss_jax.kernels.mxfp4 import MXFP4, decode_planes
 from gptoss_jax.kernels.product import matmul
 
 _MOST_ROWS = 256  # in a tile: a longer one would pad small groups without making the product faster
 
+Carry = TypeVar("Carry")
+
+Weight = MXFP4 | Columns | Float[Array, "..."]
+
+# Which of the inputs, and the part [*outputs, those] of one expert's matrix that multiplies them.
+Plane = tuple[slice, Array]
+
 
 def moe_matmul(
     x: Float[Array, "M I"],
-    weight: MXFP4 | Float[Array, "E O I"],
-    bias: Float[Array, "E O"],
+    weight: Weight,
+    bias: Float[Array, "E *outputs"],
     group_sizes: Int[Array, " E"],
+    *,
+    swiglu_limit: float | None = None,
+    plain: Layout = "rows",
 ) -> Float[Array, "M O"]:
-    """x[rows of group e] · weight[e]^T + bias[e] for each expert e, accumulated in float32.
+    """As the door says; weights may be packed in any layout, which makes this the slow twin of every implementation.
 
-    Args:
-        x: rows sorted by expert; the first group_sizes[0] belong to expert 0, and so on.
-        weight: one matrix [O, I] for each expert, packed or not; only those of experts with rows are read.
-        bias: added once to each row.
-        group_sizes: rows of each expert; their sum may be less than M.
-
-    Returns:
-        float32; rows past the last group are zero.
+    `plain` says how those lie that are not packed.
     """
-    num_rows, num_outputs = x.shape[0], weight.shape[1]
-    tile = _tile_rows(num_rows, weight.shape[0])
-    row_ends = jnp.cumsum(group_sizes)
-    tile_ends = jnp.cumsum(-(-group_sizes // tile))
-    padded = jnp.pad(x, ((0, tile), (0, 0)))  # a last tile may reach past the last row
 
-    def one_tile(i: Int[Array, ""], out: Float[Array, "padded O"]) -> Float[Array, "padded O"]:
-        expert = jnp.searchsorted(tile_ends, i, side="right")
-        tiles_left = tile_ends[expert] - i
-        size = group_sizes[expert]
-        start = row_ends[expert] - size + (-(-size // tile) - tiles_left) * tile
-        rows = lax.dynamic_slice_in_dim(padded, start, tile)
-        product = _product(rows, weight, expert) + bias[expert].astype(jnp.float32)
-        mine = (start + jnp.arange(tile) < row_ends[expert])[:, None]
-        kept = lax.dynamic_slice_in_dim(out, start, tile)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, product, kept), start, axis=0)
+    def one_tile(tile: "Tile", out: Float[Array, "M O"]) -> Float[Array, "M O"]:
+        planes = unpack(one_expert(weight, tile.expert), x.dtype, plain=plain)
+        return tile.put(out, expert_output(tile.of(x), planes, bias[tile.expert], limit=swiglu_limit))
 
-    out = jnp.zeros((num_rows + tile, num_outputs), jnp.float32)
-    return lax.fori_loop(0, tile_ends[-1], one_tile, out)[:num_rows]
+    out = jnp.zeros((x.shape[0], bias.shape[1]), jnp.float32 if swiglu_limit is None else x.dtype)
+    return for_each_tile(one_tile, out, group_sizes, num_rows=x.shape[0])
 
 
-def _product(
-    rows: Float[Array, "tile I"], weight: MXFP4 | Float[Array, "E O I"], expert: Int[Array, ""]
+def expert_output(
+    rows: Float[Array, "tile I"], planes: list[Plane], bias: Float[Array, "*outputs"], *, limit: float | None
 ) -> Float[Array, "tile O"]:
-    """rows · weight[expert]ᵀ; of packed weights the sum over even inputs, then that over odd ones."""
-    # Without the barrier XLA on CPU, whose products are of float32, widens all experts' bfloat16 once before the loop.
+    """What one expert makes of its rows: float32 sums, or with a limit their swiglu in the rows' dtype."""
+    products = [matmul(rows[:, inputs], part.reshape(-1, part.shape[-1])) for inputs, part in planes]
+    sums = sum(products[1:], products[0]).reshape(-1, *bias.shape) + bias.astype(jnp.float32)
+    return sums if limit is None else swiglu(sums[..., 0], sums[..., 1], limit).astype(rows.dtype)
+
+
+def one_expert(weight: Weight, expert: Int[Array, ""]) -> Weight:
+    """Its matrix, packed as it was.
+
+    Without the barrier XLA on CPU, whose products are of float32, widens all experts' bfloat16 once before the loop.
+    """
     weight, expert = lax.optimization_barrier((weight, expert))
-    chosen = weight[expert]
-    if not isinstance(chosen, MXFP4):
-        return matmul(rows, chosen.astype(rows.dtype))
-    even, odd = decode_planes(chosen.blocks, chosen.scales, rows.dtype)
-    return matmul(rows[:, 0::2], even) + matmul(rows[:, 1::2], odd)
+    return weight[expert]
+
+
+def unpack(matrix: Weight, dtype: DTypeLike, *, plain: Layout) -> list[Plane]:
+    """One expert's matrix. Of MXFP4 its even inputs and its odd ones: to interleave them costs as much as to decode."""
+    if isinstance(matrix, MXFP4):
+        even, odd = decode_planes(matrix.blocks, matrix.scales, dtype)
+        return [(slice(0, None, 2), even), (slice(1, None, 2), odd)]
+    if isinstance(matrix, Columns):
+        return [(slice(None), _by_output(matrix.decode(dtype)))]
+    matrix = matrix.astype(dtype)
+    return [(slice(None), matrix if plain == "rows" else _by_output(matrix))]
+
+
+def _by_output(matrix: Float[Array, "*gate_up I O"]) -> Float[Array, "O *gate_up I"]:
+    """Columns turned into rows: [I, O] is [O, I], and [2, I, F], where gate and up lie apart, [F, 2, I]."""
+    return jnp.moveaxis(matrix, (-1, -2), (0, -1))
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Neighbouring rows, of which `mine` belong to the expert. The last tiles begin early rather than reach too far."""
+
+    expert: Int[Array, ""]
+    start: Int[Array, ""]
+    mine: Bool[Array, " tile"]
+
+    def of(self, rows: Float[Array, "M I"]) -> Float[Array, "tile I"]:
+        """The tile's rows, zero where they are not mine: they may hold anything."""
+        found = lax.dynamic_slice_in_dim(rows, self.start, self.mine.shape[0])
+        return jnp.where(self.mine[:, None], found, jnp.zeros_like(found))
+
+    def put(self, rows: Float[Array, "M I"], new: Float[Array, "tile I"]) -> Float[Array, "M I"]:
+        """`rows` with mine replaced."""
+        old = lax.dynamic_slice_in_dim(rows, self.start, self.mine.shape[0])
+        kept = jnp.where(self.mine[:, None], new.astype(rows.dtype), old)
+        return lax.dynamic_update_slice_in_dim(rows, kept, self.start, axis=0)
+
+
+def for_each_tile(
+    body: Callable[[Tile, Carry], Carry], carry: Carry, group_sizes: Int[Array, " E"], *, num_rows: int
+) -> Carry:
+    """carry = body(tile, carry) for every tile of every expert that has rows."""
+    size = _tile_rows(num_rows, group_sizes.shape[0])
+    row_ends = jnp.cumsum(group_sizes)
+    tile_ends = jnp.cumsum(-(-group_sizes // size))
+
+    def step(i: Int[Array, ""], carry: Carry) -> Carry:
+        expert = jnp.searchsorted(tile_ends, i, side="right")
+        group_start = row_ends[expert] - group_sizes[expert]
+        first_tile = tile_ends[expert] - -(-group_sizes[expert] // size)
+        first_row = group_start + (i - first_tile) * size
+        start = jnp.minimum(first_row, num_rows - size)
+        row = start + jnp.arange(size)
+        return body(Tile(expert, start, (row >= first_row) & (row < row_ends[expert])), carry)
+
+    return lax.fori_loop(0, tile_ends[-1], step, carry)
 
 
 def _tile_rows(num_rows: int, num_experts: int) -> int:
     """The power of two next above the mean group, so that a mean group is one tile and one unpacking."""
     mean = -(-num_rows // num_experts)
-    return min(1 << (mean - 1).bit_length() if mean > 1 else 1, _MOST_ROWS)
+    return min(1 << (mean - 1).bit_length() if mean > 1 else 1, _MOST_ROWS, num_rows)
