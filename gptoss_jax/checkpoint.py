@@ -1,58 +1,78 @@
 """A model from any folder: our checkpoint, or a release in either layout. Knows formats; knows no tokenizer."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from gptoss_jax.convert import store
 from gptoss_jax.convert.json_file import read_object
-from gptoss_jax.convert.manifest import MANIFEST_NAME, Manifest
-from gptoss_jax.convert.source import CONFIG_NAME, Source, read_sharded
-from gptoss_jax.convert.stored import unfinished_at
+from gptoss_jax.convert.manifest import MANIFEST_NAME
+from gptoss_jax.convert.source import CONFIG_NAME, Parameters, Source
+from gptoss_jax.convert.stored import StoredParameters, unfinished_at
 from gptoss_jax.errors import UserError
+from gptoss_jax.kernels.choose import layout
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.transformer import GptOss, abstract_model, parameters, with_parameters
-from gptoss_jax.sharding import place
+from gptoss_jax.model.dispatch import Way
+from gptoss_jax.model.experts import in_columns, is_expert_matrix
+from gptoss_jax.model.formats import in_memory
+from gptoss_jax.model.placement import place_model
+from gptoss_jax.model.transformer import Experts, GptOss, abstract_model, parameters, released, with_parameters
+from gptoss_jax.sharding import Axes, Fit, Placement
 
-Format = Literal["checkpoint", "hf", "original"]
+Kind = Literal["checkpoint", "hf", "original"]
 
 
-def load(path: str | Path, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> GptOss:
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    impl: str | None = None,
+    dispatch: Way | None = None,
+) -> GptOss:
     """Loads a model, each parameter straight to its place on the mesh; a process reads only its own shards.
 
     Args:
         path: a converted checkpoint, or a released folder of either layout.
         mesh: where to (see sharding.make_mesh); None is the first device.
-        dtype: of computation and of the parameters outside packed experts: bfloat16 (default) or float32.
+        dtype: of computation and of the parameters outside packed experts: bfloat16 or float32.
+        impl: see GptOss.
+        dispatch: see GptOss.
 
     Raises:
-        UserError: nothing that can be loaded is there, it is not whole, or the mesh does not divide it.
+        UserError: nothing that can be loaded is there, it is not whole, or the model does not fit the mesh.
+        Unsupported: a named implementation that does not run on these devices.
     """
-    path = Path(path)
-    kind = sniff(path)
-    source = None if kind == "checkpoint" else Source.open(path)
-    if source is None:
-        manifest = Manifest.read(path)
-        manifest.check_sizes(path)
-        config, experts = ModelConfig.from_json(read_object(path / CONFIG_NAME)), manifest.experts
-    else:
-        config, experts = source.config, source.experts
-    model = abstract_model(config, dtype=jnp.bfloat16 if dtype is None else dtype, experts=experts, mesh=mesh)
-    wanted = {
-        name: jax.ShapeDtypeStruct(parameter.shape, parameter.dtype, sharding=_sharding(name, parameter, mesh))
-        for name, parameter in parameters(model).items()
-    }
-    found = _from_checkpoint(path, wanted) if source is None else _from_source(source, wanted)
-    return with_parameters(model, {name: _cast(array, wanted[name].dtype) for name, array in found})
+    source = _open(Path(path))
+    model = abstract_model(source.config, dtype=dtype, experts=source.experts, mesh=mesh, impl=impl, dispatch=dispatch)
+    placement = place_model(source.config, mesh)
+    as_released = released(source.config, source.experts)
+    values = {}
+    for name, parameter in parameters(model).items():
+        array = _read(source, name, as_released[name][1], placement)
+        values[name] = _settle(name, array, parameter, placement, impl=model.impl.moe_matmul)
+    return with_parameters(model, values)
 
 
-def sniff(path: Path) -> Format:
+def sizes(path: str | Path) -> tuple[ModelConfig, Experts]:
+    """What `load` would find there: the model's sizes, and how its experts are stored. Reads no weight.
+
+    Raises:
+        UserError: as `load`.
+    """
+    source = _open(Path(path))
+    return source.config, source.experts
+
+
+def sniff(path: Path) -> Kind:
     """What kind of folder `path` is.
 
     Raises:
@@ -72,31 +92,57 @@ def sniff(path: Path) -> Format:
     return "hf" if "num_local_experts" in config else "original"
 
 
-def _sharding(name: str, parameter: nnx.Param, mesh: Mesh | None) -> jax.sharding.Sharding:
-    if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
-    return place(name, parameter.shape, parameter.axes, mesh)
+def _open(path: Path) -> Parameters:
+    if sniff(path) == "checkpoint":
+        return StoredParameters.open(path, check=False)
+    return Source.open(path)
 
 
-def _from_checkpoint(path: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-    held = store.stored(path)
-    as_stored = {}
-    for name, leaf in wanted.items():
-        found = held[name].shape if name in held else None
-        if found != leaf.shape:
-            raise UserError(
-                f"{path}: parameter {name} has shape {found}, its {CONFIG_NAME} asks for {leaf.shape}: "
-                "convert the release again"
-            )
-        as_stored[name] = jax.ShapeDtypeStruct(leaf.shape, held[name].dtype, sharding=leaf.sharding)
-    return store.restore(path, as_stored)
+def _read(source: Parameters, name: str, axes: Axes, placement: Placement) -> jax.Array:
+    """The parameter on its devices, fitted to the mesh; a shard that several devices of a process hold is read once."""
+    fits = placement.axis_fits(source.shape(name), axes)
+    shape = tuple(fit.fitted for fit in fits)
+    shards: dict[str, np.ndarray] = {}
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        key = str(index)
+        if key not in shards:
+            shards[key] = _fitted(source, name, index, fits)
+        return shards[key]
+
+    sharding = placement.sharding(name, shape, axes) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(shape, sharding, shard, dtype=source.dtype(name))
 
 
-def _from_source(source: Source, wanted: dict[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-    for name, leaf in wanted.items():
-        assert leaf.sharding is not None
-        yield name, read_sharded(source, name, leaf.sharding)
+def _fitted(source: Parameters, name: str, index: tuple[slice, ...], fits: tuple[Fit, ...]) -> np.ndarray:
+    """The box `index` of the fitted parameter, from the stored entries it needs."""
+    cuts = [fit.stored(cut) for fit, cut in zip(fits, index, strict=True)]
+    if any(not entries.size for _, entries, _ in cuts):  # a device that got nothing but padding
+        shape = tuple(entries.size + padding for _, entries, padding in cuts)
+        return np.zeros(shape, source.dtype(name))
+    found = source.read(name, tuple(box for box, _, _ in cuts))
+    for axis, (fit, (_, entries, padding)) in enumerate(zip(fits, cuts, strict=True)):
+        if fit.repeat > 1:
+            found = np.take(found, entries, axis=axis)
+        if padding:
+            found = np.pad(found, [(0, padding if d == axis else 0) for d in range(found.ndim)])
+    return found
 
 
-def _cast(array: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return array if array.dtype == dtype else array.astype(dtype)
+def _settle(name: str, array: jax.Array, parameter: nnx.Param, placement: Placement, *, impl: str) -> jax.Array:
+    """The array in the layout and dtype that the model computes with; bytes move on their own device only."""
+    sharding = placement.sharding(name, parameter.shape, parameter.get_metadata()["axes"]) or array.sharding
+    kept = in_memory(name, rank=parameter.ndim, sharding=sharding, impl=impl)
+    kind = name.rpartition(".")[2] if layout(impl) == "columns" and is_expert_matrix(name) else None
+    if kind is None and array.dtype == parameter.dtype and kept is sharding:
+        return array
+    return _mover(kind, jnp.dtype(parameter.dtype), kept)(array)
+
+
+@functools.cache  # one compiled function for the parameters of all layers
+def _mover(kind: str | None, dtype: jnp.dtype, kept: Format | Sharding) -> Callable[[jax.Array], jax.Array]:
+    def move(array: jax.Array) -> jax.Array:
+        return (array if kind is None else in_columns(kind, array)).astype(dtype)
+
+    return jax.jit(move, out_shardings=kept)

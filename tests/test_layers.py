@@ -13,11 +13,11 @@ PACKAGE = ROOT / "gptoss_jax"
 # A module imports from its own part, or from parts of a lower rank. CONTRIBUTING.md draws it.
 RANKS = {
     "cli": 5,
-    **dict.fromkeys(("server", "train"), 4),
+    **dict.fromkeys(("server", "train", "plan", "bench"), 4),
     **dict.fromkeys(("chat", "checkpoint"), 3),
     **dict.fromkeys(("engine", "convert", "configs"), 2),
     **dict.fromkeys(("model", "tools"), 1),
-    **dict.fromkeys(("kernels", "sharding", "harmony", "constrain"), 0),
+    **dict.fromkeys(("kernels", "sharding", "hosts", "aot", "harmony", "constrain"), 0),
     "errors": -1,  # everything may raise them
 }
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from gptoss_jax.engine.sampling import check_sampling, sample
@@ -63,7 +64,7 @@ def _generate(
         next_id, cache = step(graph, parameters, tokens, count, cache, key, settings)
     for number in range(1, max_new_tokens + 1):
         assert next_id is not None
-        found = int(next_id[0])
+        found = int(np.asarray(next_id)[0])
         yield found
         if found in stop_ids or number == max_new_tokens:
             return
@@ -87,7 +88,10 @@ def step(
     hidden, cache = model.extend(tokens, cache, count=count)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     temperature, top_k, top_p = settings
-    return sample(model.logits(last), key, temperature=temperature, top_k=top_k, top_p=top_p), cache
+    ids = sample(model.logits(last), key, temperature=temperature, top_k=top_k, top_p=top_p)
+    if model.mesh is not None:  # whole everywhere, so that each of several processes can read them
+        ids = jax.lax.with_sharding_constraint(ids, NamedSharding(model.mesh, PartitionSpec()))
+    return ids, cache
 
 
 def _chunks(prompt_ids: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,7 +1,12 @@
 """Self-attention of one layer: projections, rotary embedding, cache, sinks. Knows no other layer."""
 
-import jax.numpy as jnp
+import functools
+from collections.abc import Callable
+
+import jax
 from flax import nnx
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -10,23 +15,36 @@ from gptoss_jax.model.cache import FullCache, RingCache
 from gptoss_jax.model.config import LayerKind, ModelConfig
 from gptoss_jax.model.layers import Linear, declare
 from gptoss_jax.model.rope import rotate
+from gptoss_jax.sharding import WHOLE, Placement, row_axis
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with one learned sink per query head; a sliding layer sees `window` positions."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerKind,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        placement: Placement = WHOLE,
+        impl: str = "xla",
+    ):
         width = (config.width,)
         heads, kv_heads = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
         query_axes, key_axes = ("heads", "head_dim", "width"), ("kv_heads", "head_dim", "width")
-        self.q = Linear(heads, width, axes=query_axes, dtype=dtype, rngs=rngs)
-        self.k = Linear(kv_heads, width, axes=key_axes, dtype=dtype, rngs=rngs)
-        self.v = Linear(kv_heads, width, axes=key_axes, dtype=dtype, rngs=rngs)
-        self.o = Linear(width, heads, axes=("width", "heads", "head_dim"), dtype=dtype, rngs=rngs)
-        sinks = nnx.initializers.normal(1.0)
-        self.sinks = declare(rngs, (config.num_heads,), ("heads",), dtype=jnp.float32, init=sinks)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs, placement=placement)
+        self.q = linear(heads, width, axes=query_axes)
+        self.k = linear(kv_heads, width, axes=key_axes)
+        self.v = linear(kv_heads, width, axes=key_axes)
+        self.o = linear(width, heads, axes=("width", "heads", "head_dim"))
+        normal = nnx.initializers.normal(1.0)
+        self.sinks = declare(rngs, (config.num_heads,), ("heads",), dtype=jnp.float32, init=normal, placement=placement)
         self.rope = config.rope
         self.window = config.sliding_window if kind == "sliding" else None
+        self.mesh = placement.mesh
+        self.impl = impl
 
     def __call__(
         self,
@@ -40,10 +58,31 @@ class Attention(nnx.Module):
         positions = length[:, None] + jnp.arange(x.shape[1])
         q = rotate(self.q(x), positions, self.rope)
         k = rotate(self.k(x), positions, self.rope)
-        keys, values, grown = cache.extend(k, self.v(x), length=length, count=count)
-        sinks = self.sinks[...]
-        if self.window is None:
-            mixed = kernels.full(q, keys, values, sinks, first_query=length)
-        else:
-            mixed = kernels.sliding(q, keys, values, sinks, first_query=length, window=self.window)
+        mixed, grown = self._local(x.shape[0])(q, k, self.v(x), cache, self.sinks[...], length, count)
         return self.o(mixed), grown
+
+    def _local(self, num_rows: int) -> Callable[..., tuple[Float[Array, "B T N H"], FullCache | RingCache]]:
+        """From queries to mixed values. On a mesh each device has its own rows and heads, and needs no other's."""
+        if self.mesh is None:
+            return self._attend
+        rows = row_axis(num_rows, self.mesh)
+        heads = P(rows, None, "tensor")
+        in_specs = (heads, heads, heads, heads, P("tensor"), P(rows), P(rows))
+        return jax.shard_map(self._attend, mesh=self.mesh, in_specs=in_specs, out_specs=(heads, heads), check_vma=False)
+
+    def _attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        cache: FullCache | RingCache,
+        sinks: Float[Array, " N"],
+        length: Int[Array, " B"],
+        count: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T N H"], FullCache | RingCache]:
+        keys, values, grown = cache.extend(k, v, length=length, count=count)
+        if self.window is None:
+            mixed = kernels.full(q, keys, values, sinks, first_query=length, impl=self.impl)
+        else:
+            mixed = kernels.sliding(q, keys, values, sinks, first_query=length, window=self.window, impl=self.impl)
+        return mixed, grown

@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -39,9 +40,9 @@ class FullCache:
         count: Int[Array, " B"],
     ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], "FullCache"]:
         """Writes the first `count` of the T tokens behind the `length` cached ones; all slots are to be attended to."""
-        t = jnp.arange(k.shape[1])
-        slots = jnp.where(t < count[:, None], length[:, None] + t, self.k.shape[1])
-        grown = FullCache(_write(self.k, slots, k), _write(self.v, slots, v))
+        grown = FullCache(
+            _append(self.k, k, length=length, count=count), _append(self.v, v, length=length, count=count)
+        )
         return grown.k, grown.v, grown
 
 
@@ -90,16 +91,61 @@ class Cache:
     length: Int[Array, " B"]
 
     @classmethod
-    def empty(cls, config: ModelConfig, *, rows: int, capacity: int, dtype: DTypeLike) -> "Cache":
-        """Room for `capacity` tokens in each of `rows` rows. Writing past the capacity loses tokens: callers count."""
+    def empty(
+        cls, config: ModelConfig, *, rows: int, capacity: int, dtype: DTypeLike, kv_heads: int | None = None
+    ) -> "Cache":
+        """Room for `capacity` tokens in each of `rows` rows. Writing past the capacity loses tokens: callers count.
+
+        `kv_heads` is how many there are on the mesh, where some are repeated or padded; by default the model's.
+        """
+        kv_heads = config.num_kv_heads if kv_heads is None else kv_heads
 
         def layer(kind: str) -> FullCache | RingCache:
             slots = config.sliding_window if kind == "sliding" else capacity
-            shape = (rows, slots, config.num_kv_heads, config.head_dim)
+            shape = (rows, slots, kv_heads, config.head_dim)
             zeros = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)  # two buffers: each is donated by itself
             return RingCache(*zeros) if kind == "sliding" else FullCache(*zeros)
 
         return cls(tuple(layer(kind) for kind in config.layer_kinds), jnp.zeros(rows, jnp.int32))
+
+
+def _append(
+    buffer: Float[Array, "B S K H"],
+    values: Float[Array, "B T K H"],
+    *,
+    length: Int[Array, " B"],
+    count: Int[Array, " B"],
+) -> Float[Array, "B S K H"]:
+    """buffer[b, length[b] + t] = values[b, t] for t below count[b]; a slot past the end is dropped.
+
+    On a TPU a scatter copies the whole buffer (768 MiB at 8 rows of 32,768 tokens); slices of it are written in place.
+    """
+    if values.shape[1] > buffer.shape[1]:
+        return _scatter_behind(buffer, values, length, count)
+    return lax.platform_dependent(buffer, values, length, count, tpu=_update_behind, default=_scatter_behind)
+
+
+def _scatter_behind(buffer: Array, values: Array, length: Array, count: Array) -> Array:
+    t = jnp.arange(values.shape[1])
+    return _write(buffer, jnp.where(t < count[:, None], length[:, None] + t, buffer.shape[1]), values)
+
+
+def _update_behind(buffer: Array, values: Array, length: Array, count: Array) -> Array:
+    """Row by row, T slots at a time: what is there is read, and put back where nothing is to be written."""
+    num_rows, num_slots = buffer.shape[:2]
+    num_values = values.shape[1]
+    start = jnp.clip(length, 0, num_slots - num_values)  # a slice near the end begins early and keeps what it finds
+    t = jnp.arange(num_values) - (length - start)[:, None]
+    shifted = jnp.take_along_axis(values, jnp.clip(t, 0, num_values - 1)[:, :, None, None], axis=1)
+    is_new = (t >= 0) & (t < count[:, None])
+
+    def write_row(row: Int[Array, ""] | int, buffer: Array) -> Array:
+        at = (row, start[row], 0, 0)
+        found = lax.dynamic_slice(buffer, at, (1, num_values, *buffer.shape[2:]))
+        new, mask = (lax.dynamic_slice_in_dim(x, row, 1) for x in (shifted.astype(buffer.dtype), is_new))
+        return lax.dynamic_update_slice(buffer, jnp.where(mask[:, :, None, None], new, found), at)
+
+    return lax.fori_loop(0, num_rows, write_row, buffer)
 
 
 def _write(buffer: Array, slots: Int[Array, "B T"], values: Array) -> Array:

@@ -1,5 +1,6 @@
-"""The small layers: a declared parameter, linear maps, RMSNorm, embedding. Knows logical axes, no mesh, no model."""
+"""The small layers: a declared parameter, linear maps, RMSNorm, embedding. Knows logical axes; knows no model."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,18 +11,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.product import matmul
+from gptoss_jax.sharding import WHOLE, Axes, Placement
 
-Axes = tuple[str | None, ...]
 Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
 
-def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, init: Init) -> nnx.Param:
+def declare(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, init: Init, placement: Placement = WHOLE
+) -> nnx.Param:
     """The one place where a parameter comes to be; its logical axes, one per dimension, travel with it as metadata.
 
-    sharding.py turns the axes into a place on a mesh, convert/names.py finds the parameter by its path.
+    sharding.py turns the axes into a place on a mesh, convert/names.py finds the parameter by its path. `shape` is the
+    released one; the parameter has the fitted one.
     """
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+    return nnx.Param(placement.fit(init(rngs.params(), shape, dtype), axes), axes=axes)
 
 
 def fan_in(size: int) -> Init:
@@ -50,12 +54,13 @@ class Linear(nnx.Module):
         axes: Axes,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
+        placement: Placement = WHOLE,
         use_bias: bool = True,
     ):
-        size = math.prod(inputs)
-        self.weight = declare(rngs, (*outputs, *inputs), axes, dtype=dtype, init=fan_in(size))
+        make = functools.partial(declare, rngs, dtype=dtype, placement=placement)
+        self.weight = make((*outputs, *inputs), axes, init=fan_in(math.prod(inputs)))
         zeros = nnx.initializers.zeros_init()
-        self.bias = declare(rngs, outputs, axes[: len(outputs)], dtype=dtype, init=zeros) if use_bias else None
+        self.bias = make(outputs, axes[: len(outputs)], init=zeros) if use_bias else None
         self.num_inputs = len(inputs)
 
     def __call__(self, x: Float[Array, "..."], *, out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
@@ -82,9 +87,9 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """One row of the table for each id."""
 
-    def __init__(self, vocab_size: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        axes = ("vocab", "width")
-        self.weight = declare(rngs, (vocab_size, width), axes, dtype=dtype, init=nnx.initializers.normal(1.0))
+    def __init__(self, vocab_size: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, placement: Placement = WHOLE):
+        axes, normal = ("vocab", "width"), nnx.initializers.normal(1.0)
+        self.weight = declare(rngs, (vocab_size, width), axes, dtype=dtype, init=normal, placement=placement)
 
     def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
         return self.weight[...][ids]
