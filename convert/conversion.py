@@ -25,10 +25,10 @@ from gptoss_jax.convert import store
 from gptoss_jax.convert.files import INDEX_NAME, TensorFolder
 from gptoss_jax.convert.manifest import MANIFEST_NAME, Manifest, SourceTensor, StoredFile
 from gptoss_jax.convert.names import FileTensor
-from gptoss_jax.convert.processes import barrier, together
 from gptoss_jax.convert.source import Parameters, Repacked, Source, read_sharded
 from gptoss_jax.convert.staging import Journal, Staging
 from gptoss_jax.errors import UserError
+from gptoss_jax.hosts import barrier, together
 from gptoss_jax.kernels.mxfp4 import ScaleRule
 from gptoss_jax.model.transformer import Experts, abstract_model, parameters
 from gptoss_jax.sharding import MeshShape, make_mesh, place

@@ -23,8 +23,8 @@ import jax
 
 from gptoss_jax.convert.json_file import read_object, write_object
 from gptoss_jax.convert.manifest import SourceTensor, StoredFile
-from gptoss_jax.convert.processes import together
 from gptoss_jax.errors import UserError
+from gptoss_jax.hosts import together
 
 SUFFIX = ".unfinished"
 _LOCK, _PLAN = "lock", "plan.json"

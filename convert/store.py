@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptoss_jax.convert.processes import barrier
+from gptoss_jax.hosts import barrier
 
 PARAMETERS = "params"
 _STATE = "state"  # Orbax's name for the tree in a checkpoint
@@ -35,7 +35,7 @@ def save(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
     """
     try:
         with _saving():
-            ocp.partial.save(str(folder / PARAMETERS), _tree(arrays))
+            ocp.partial.save(str((folder / PARAMETERS).absolute()), _tree(arrays))  # else Orbax refuses
     except ValueError as error:  # TensorStore's word for everything
         refused = re.search(r"os_error_code='(\d+)'", str(error))
         if refused is None:
@@ -57,7 +57,7 @@ def finish(folder: Path) -> None:
     barrier("merging")
     if not done.exists():
         with _saving(), _without_false_alarms():
-            ocp.partial.finalize(str(merging / PARAMETERS))
+            ocp.partial.finalize(str((merging / PARAMETERS).absolute()))
     barrier("merged")
     if jax.process_index() == 0:
         if not done.exists():

@@ -1,8 +1,17 @@
-"""Which devices jax shall see, said before it looks. Knows jax's settings; knows no model."""
+"""Which devices and processes a command runs on, said before jax looks. Knows jax's settings; knows no model."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 
 import jax
+from jax.sharding import Mesh
 
+from gptoss_jax.cli.exit_codes import exit_code
 from gptoss_jax.errors import UserError
+from gptoss_jax.hosts import EXIT_LOST, Hosts, start_hosts
 from gptoss_jax.sharding import MeshShape
 
 
@@ -21,19 +30,26 @@ def simulate(num_devices: int) -> None:
             ) from error
 
 
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> int:
-    """Joins the other processes where there are any; gives their number."""
-    given = [value is not None for value in (coordinator, num_processes, process_id)]
-    if not any(given):
-        return 1
-    if coordinator is None or num_processes is None or process_id is None:
-        raise UserError("--coordinator, --num-processes and --process-id belong together: give all three, or none")
-    if not 0 <= process_id < num_processes:
+def memory() -> int | None:
+    """Bytes that a program may use on each device; None where the platform does not say, as on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def check_all_take_part(mesh: Mesh | None, hosts: Hosts) -> None:
+    """Raises UserError where a process would hold no part of the model."""
+    if hosts.num_processes == 1:
+        return
+    if mesh is None:
         raise UserError(
-            f"--process-id is {process_id}; expected 0 to {num_processes - 1} with --num-processes {num_processes}"
+            f"--mesh is missing: it lays the model over the devices of the {hosts.num_processes} processes; "
+            f"choose sizes whose product is {jax.device_count()}, as in --mesh expert={jax.device_count()}"
         )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
-    return num_processes
+    if mesh.size != jax.device_count():
+        raise UserError(
+            f"the mesh has {mesh.size} devices, the {hosts.num_processes} processes have {jax.device_count()}; "
+            "all of them have to take part: choose sizes with that product, or start fewer processes"
+        )
 
 
 def simulate_mesh(mesh: MeshShape, *, num_processes: int) -> None:
@@ -44,3 +60,45 @@ def simulate_mesh(mesh: MeshShape, *, num_processes: int) -> None:
             "choose sizes whose product they divide"
         )
     simulate(mesh.num_devices // num_processes)
+
+
+@contextlib.contextmanager
+def joined(options: argparse.Namespace) -> Iterator[Hosts]:
+    """The command among its other processes where there are any: process 0 prints, and an error here ends them all."""
+    given = [value is not None for value in (options.coordinator, options.num_processes, options.process_id)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --num-processes and --process-id belong together: give all three, or none")
+    hosts = start_hosts(
+        options.coordinator,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
+        join_timeout=options.join_timeout,
+        silence_timeout=options.silence_timeout,
+        on_loss=lambda sentence: _end(options.command, sentence),
+    )
+    if hosts.num_processes == 1:
+        yield hosts
+        return
+    with _printing_alone(hosts):
+        try:
+            yield hosts
+        except BaseException as error:
+            hosts.fail(error, exit_code=exit_code(error))
+            raise
+
+
+@contextlib.contextmanager
+def _printing_alone(hosts: Hosts) -> Iterator[None]:
+    """Keeps stdout for process 0, and there for what Python prints: gloo announces itself on it from C++."""
+    sys.stdout.flush()
+    where = os.dup(1) if hosts.process_id == 0 else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)
+    text = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    with open(where, "w", **text) as own, contextlib.redirect_stdout(own):
+        yield
+
+
+def _end(command: str, sentence: str) -> None:
+    """From the watching thread: the main one may hold any lock for ever, so nothing is used that has one."""
+    os.write(2, f"gptoss-jax {command}: {sentence}\n".encode())
+    os._exit(EXIT_LOST)

@@ -8,19 +8,17 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import gptoss_jax
+from gptoss_jax.cli import exit_codes
 from gptoss_jax.errors import UserError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-_EXIT_USER_ERROR = 2
-_EXIT_INTERRUPTED = 130
-_EXIT_BROKEN_PIPE = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code.
 
-    0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 130 Ctrl-C, 141 a closed pipe.
+    0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 3 another process that was lost,
+    130 Ctrl-C, 141 a closed pipe.
     """
     options = _parser().parse_args(arguments)
     module, function = options.run.split(":")
@@ -28,18 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)(options)
     except UserError as error:
         print(f"gptoss-jax {options.command}: {error}", file=sys.stderr)
-        return _EXIT_USER_ERROR
+        return exit_codes.USER_ERROR
     except BrokenPipeError:  # the reader, `head` say, has seen enough; and Python would complain again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _EXIT_BROKEN_PIPE
+        return exit_codes.BROKEN_PIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"gptoss-jax {options.command}: {where}{error.strerror or error}", file=sys.stderr)
-        return _EXIT_USER_ERROR
+        return exit_codes.USER_ERROR
     except KeyboardInterrupt:
         hint = "; the same command goes on from here" if options.command == "convert" else ""
         print(f"\ngptoss-jax {options.command}: interrupted{hint}", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,12 +114,7 @@ def _convert(commands: Commands) -> None:
     _mesh(parser, default="data=1,expert=1,tensor=1", help="cut files for this mesh (any other can load them too)")
     parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="how to store experts; default: as they are")
     _scale_rule(parser)
-    group = parser.add_argument_group(
-        "several processes, each with these three and the same SRC and DST on a shared disk"
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num-processes", type=int, metavar="N")
-    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    _processes(parser, shared="SRC and DST on a shared disk")
 
 
 def _export(commands: Commands) -> None:
@@ -180,14 +173,50 @@ def _generate(commands: Commands) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="only the best ids that add up to P; default: all")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    _mesh(parser, default=None, help="shard over this mesh")
-    parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU")
+    _mesh(parser, default=None, help="shard over this mesh; auto chooses one and says why")
+    _implementations(parser)
+    parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, for machines")
+    _processes(parser, shared="the same arguments and the same checkpoint")
+
+
+def _processes(parser: argparse.ArgumentParser, *, shared: str) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        f"Each has {shared}; process 0 prints.\n"
+        "SLURM, Open MPI, indexed Kubernetes jobs and TPU pods say who is who; elsewhere the first three do:",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    group.add_argument(
+        "--join-timeout", type=float, default=300.0, metavar="SECONDS", help="for all to come; default: %(default)g"
+    )
+    group.add_argument(
+        "--silence-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="after which a process that gives no sign of life is lost, and the others end; default: %(default)g",
+    )
 
 
 def _mesh(parser: argparse.ArgumentParser, *, default: str | None, help: str) -> None:
     shown = f"; default: {default}" if default else ""
     parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", default=default, help=help + shown)
+
+
+def _implementations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--impl",
+        metavar="NAME",
+        help="which kernels run: xla, gpu, tpu, or moe_matmul=gpu,attention=xla; default: the best for the devices",
+    )
+    parser.add_argument(
+        "--dispatch",
+        metavar="WAY",
+        help="how tokens reach their experts on a mesh: reduce, exchange or ragged; default: by their number",
+    )
 
 
 def _scale_rule(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,19 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gptoss_jax import checkpoint
 from gptoss_jax.cli import devices
+from gptoss_jax.cli.agreement import agree_on_command
 from gptoss_jax.engine.generate import STOP_IDS
 from gptoss_jax.engine.generate import generate as generate_ids
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.dispatch import check_way
+from gptoss_jax.model.mesh_choice import choose_mesh
 from gptoss_jax.model.transformer import GptOss
 from gptoss_jax.sharding import MeshShape, make_mesh
 
@@ -39,11 +44,44 @@ class Timing:
 def generate(options: argparse.Namespace) -> int:
     if options.host_devices is not None:
         devices.simulate(options.host_devices)
-    mesh = None if options.mesh is None else make_mesh(**dataclasses.asdict(MeshShape.parse(options.mesh)))
-    path = Path(options.checkpoint)
-    checkpoint.sniff(path)
-    tokenizer, prompt = _prompt(path, options)
-    model = checkpoint.load(path, mesh=mesh, dtype=jnp.dtype(options.dtype))
+    with devices.joined(options) as hosts:
+        path = Path(options.checkpoint)
+        checkpoint.sniff(path)
+        tokenizer, prompt = _prompt(path, options)
+        mesh = _mesh(path, options, num_tokens=len(prompt) + options.max_new_tokens, first=hosts.process_id == 0)
+        devices.check_all_take_part(mesh, hosts)
+        check_way(options.dispatch, mesh=mesh)
+        agree_on_command(options, checkpoint=path, prompt=prompt)
+        settings = {"dtype": jnp.dtype(options.dtype), "impl": options.impl, "dispatch": options.dispatch}
+        model = checkpoint.load(path, mesh=mesh, **settings)
+        _print(model, tokenizer, prompt, options, first=hosts.process_id == 0)
+    return 0
+
+
+def _mesh(path: Path, options: argparse.Namespace, *, num_tokens: int, first: bool) -> Mesh | None:
+    if options.mesh is None:
+        return None
+    if options.mesh != "auto":
+        return make_mesh(**dataclasses.asdict(MeshShape.parse(options.mesh)))
+    config, experts = checkpoint.sizes(path)
+    shape, why = choose_mesh(
+        config,
+        jax.device_count(),
+        batch=1,
+        context=num_tokens,
+        bytes_per_device=devices.memory(),
+        dtype=jnp.dtype(options.dtype),
+        experts=experts,
+    )
+    if first:
+        print(f"mesh {shape}: {why}", file=sys.stderr)
+    return make_mesh(**dataclasses.asdict(shape))
+
+
+def _print(
+    model: GptOss, tokenizer: Tokenizer | None, prompt: Sequence[int], options: argparse.Namespace, *, first: bool
+) -> None:
+    """As the ids come, or as one JSON object at the end."""
     timing, ids = Timing(), []
     stream = tokenizer.stream() if tokenizer and not options.json else None
     for token_id in timed(_ids(model, prompt, options), timing):
@@ -56,8 +94,8 @@ def generate(options: argparse.Namespace) -> int:
         print(json.dumps(_document(model, tokenizer, prompt, ids, timing)))
     else:
         print(stream.finish() if stream else "")
-        print(timing.describe(), file=sys.stderr)
-    return 0
+        if first:
+            print(timing.describe(), file=sys.stderr)
 
 
 def timed(ids: Iterator[int], timing: Timing) -> Iterator[int]:

@@ -7,9 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-
 from gptoss_jax.cli import devices, memory
+from gptoss_jax.cli.agreement import agree_on_command
 from gptoss_jax.cli.terminal import progress, size, table
 from gptoss_jax.configs import model_config
 from gptoss_jax.convert import conversion, names, synthetic
@@ -47,10 +46,16 @@ def init(options: argparse.Namespace) -> int:
 def convert(options: argparse.Namespace) -> int:
     memory.share_one_arena()
     mesh = MeshShape.parse(options.mesh)
-    num_processes = devices.join(options.coordinator, options.num_processes, options.process_id)
-    devices.simulate_mesh(mesh, num_processes=num_processes)
+    with devices.joined(options) as hosts:
+        devices.simulate_mesh(mesh, num_processes=hosts.num_processes)
+        agree_on_command(options)
+        _convert(options, mesh, first=hosts.process_id == 0)
+    return 0
+
+
+def _convert(options: argparse.Namespace, mesh: MeshShape, *, first: bool) -> None:
     start, total = time.perf_counter(), 0
-    with progress("converting", shown=jax.process_index() == 0) as show:
+    with progress("converting", shown=first) as show:
 
         def on_progress(done: int, all_bytes: int) -> None:
             nonlocal total
@@ -65,9 +70,8 @@ def convert(options: argparse.Namespace) -> int:
             scale_rule=options.scale_rule,
             on_progress=on_progress,
         )
-    if jax.process_index() == 0:
+    if first:
         _report(options.destination, total, start)
-    return 0
 
 
 def export(options: argparse.Namespace) -> int:

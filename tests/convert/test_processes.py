@@ -1,19 +1,18 @@
 """Several processes on one conversion or checkpoint: the same bytes, each reading its own part, none hanging."""
 
-import contextlib
 import dataclasses
+import functools
 import json
+import operator
 import os
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptoss_jax.checkpoint import load
+from gptoss_jax.convert import store
 from gptoss_jax.convert.conversion import convert
 from gptoss_jax.convert.files import TensorFolder
 from gptoss_jax.convert.names import file_tensors
@@ -22,13 +21,14 @@ from gptoss_jax.model.config import alternating_layers
 from gptoss_jax.model.transformer import parameters
 from gptoss_jax.sharding import MeshShape, make_mesh
 from tests.convert.worker import shard_digests
+from tests.hosts.processes import Ended, free_port, run_all
 from tests.tiny import TINY
 
 WORKER = Path(__file__).with_name("worker.py")
 # 32 experts, so that most bytes are those that the mesh divides.
 CONFIG = dataclasses.replace(TINY, expert_width=192, num_experts=32, layer_kinds=alternating_layers(2))
 MESH = "expert=2,tensor=2"
-TIMEOUT = 120
+CHUNK_BYTES = 20_000  # less than two experts, so that each has files of its own, as in a real checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -40,85 +40,50 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(source: Path) -> Path:
-    """Made by one process with four devices."""
-    convert(source, source.parent / "checkpoint", mesh=MeshShape.parse(MESH))
+    """Made by four processes with a device each."""
+    results(run("convert", source, source.parent / "checkpoint", num_processes=4, devices=1))
     return source.parent / "checkpoint"
 
 
-@contextlib.contextmanager
-def free_port() -> Iterator[int]:
-    """A port that no one else is given meanwhile: it stays bound, for a server that shares it, as gRPC's do."""
-    with socket.socket() as reserved:
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind(("127.0.0.1", 0))
-        yield reserved.getsockname()[1]
+def run(*arguments: object, num_processes: int, devices: int, mesh: str = MESH) -> list[Ended]:
+    """Workers that see each other, with `devices` each."""
+    shared = (*arguments, "--mesh", mesh, "--devices", devices, "--processes", num_processes, "--port", free_port())
+    command = (sys.executable, WORKER, *shared, "--batch-bytes", 300_000, "--chunk-bytes", CHUNK_BYTES)
+    return run_all([(*command, "--process", process) for process in range(num_processes)])
 
 
-def run_two(*arguments: object, mesh: str = MESH) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of two workers with two devices each, which see each other."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with free_port() as port:
-        shared = [
-            *arguments,
-            "--mesh",
-            mesh,
-            "--devices",
-            2,
-            "--processes",
-            2,
-            "--port",
-            port,
-            "--batch-bytes",
-            300_000,
-        ]
-        workers = [
-            subprocess.Popen(
-                [sys.executable, WORKER, *map(str, shared), "--process", str(process)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for process in range(2)
-        ]
-        try:
-            printed = [process.communicate(timeout=TIMEOUT) for process in workers]
-        finally:
-            for process in workers:
-                process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(workers, printed, strict=True)]
-
-
-def results(ended: list[tuple[int, str, str]]) -> list[dict[str, Any]]:
-    assert [code for code, _, _ in ended] == [0, 0], [error for _, _, error in ended]
-    return [json.loads(text.splitlines()[-1]) for _, text, _ in ended]  # gloo prints too
+def results(ended: list[Ended]) -> list[dict[str, Any]]:
+    assert [process.code for process in ended] == [0] * len(ended), [process.stderr for process in ended]
+    return [json.loads(process.stdout.splitlines()[-1]) for process in ended]  # gloo prints too
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_processes_make_the_same_checkpoint_as_one(source: Path, checkpoint: Path, tmp_path: Path):
-    results(run_two("convert", source, tmp_path / "checkpoint"))
+def test_four_processes_make_the_same_checkpoint_as_one(monkeypatch, source: Path, checkpoint: Path, tmp_path: Path):
+    monkeypatch.setattr(store, "_CHUNK_BYTES", CHUNK_BYTES)
+    convert(source, tmp_path / "checkpoint", mesh=MeshShape.parse(MESH))
     assert tree(tmp_path / "checkpoint") == tree(checkpoint)
-    assert os.listdir(tmp_path) == ["checkpoint"]
+    assert sorted(os.listdir(checkpoint.parent)) == ["checkpoint", "source"]
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "source"])
 def test_each_process_loads_its_own_shards_and_reads_little_else(kind, source: Path, checkpoint: Path):
-    """Onto another mesh than it was made for: four ways by expert, two of them here and two there."""
+    """Onto another mesh than it was made for: four ways by expert, each in a process of its own."""
     expected = shard_digests(parameters(load(checkpoint, mesh=make_mesh(expert=4))))
-    found = results(run_two("load", {"checkpoint": checkpoint, "source": source}[kind], mesh="expert=4"))
+    folder = {"checkpoint": checkpoint, "source": source}[kind]
+    found = results(run("load", folder, num_processes=4, devices=1, mesh="expert=4"))
     for name, shards in expected.items():
-        first, second = (process["shards"][name] for process in found)
-        assert {**first, **second} == shards
+        held = [process["shards"][name] for process in found]
+        assert functools.reduce(operator.or_, held) == shards
         divided = any(word in name for word in ("gate_up", "down"))
-        assert first.keys().isdisjoint(second.keys()) == divided
+        assert sum(map(len, held)) == (len(shards) if divided else 4 * len(shards))
     tensors = file_tensors(CONFIG, layout="hf", experts="mxfp4")
     experts, others = (sum(x.nbytes for x in tensors if (".experts." in x.name) == of) for of in (True, False))
     for process in found:
-        # Half of the experts, all of the rest, and a tenth for headers, manifest and Orbax's notes on every parameter.
-        assert process["bytes_read"] < 1.1 * (experts / 2 + others) < 0.7 * (experts + others)
+        # A quarter of the experts, all of the rest, and a tenth for headers, manifest and notes on every parameter.
+        assert process["bytes_read"] < 1.1 * (experts / 4 + others) < 0.6 * (experts + others)
 
 
 def test_a_bad_scale_stops_both_processes(source: Path, tmp_path: Path):
@@ -130,8 +95,8 @@ def test_a_bad_scale_stops_both_processes(source: Path, tmp_path: Path):
     with info.file.open("r+b") as file:
         file.seek(info.offset + (20 * 160 + 17) * 6 + 2)
         file.write(b"\xff")
-    (first, _, first_error), (second, _, second_error) = run_two("convert", folder, tmp_path / "checkpoint")
-    assert (first, second) == (1, 1)
-    assert "process 1 failed at reading the source; its own message says why" in first_error
-    assert "down_proj_scales holds scale byte 255 (NaN) at (20, 17, 2)" in second_error
+    first, second = run("convert", folder, tmp_path / "checkpoint", num_processes=2, devices=2)
+    assert (first.code, second.code) == (1, 1)
+    assert "process 1 failed at reading the source; its own message says why" in first.stderr
+    assert "down_proj_scales holds scale byte 255 (NaN) at (20, 17, 2)" in second.stderr
     assert os.listdir(tmp_path) == ["source"]

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 
 from gptoss_jax.checkpoint import load
-from gptoss_jax.convert import conversion
+from gptoss_jax.convert import conversion, store
+from gptoss_jax.hosts import start_hosts
 from gptoss_jax.model.transformer import parameters
 from gptoss_jax.sharding import MeshShape, make_mesh
 
@@ -35,9 +36,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", options.devices)
     conversion.BATCH_BYTES = options.batch_bytes
+    store._CHUNK_BYTES = options.chunk_bytes
     resource.setrlimit(resource.RLIMIT_FSIZE, (options.largest_file, resource.RLIM_INFINITY))
     if options.processes > 1:
-        jax.distributed.initialize(f"127.0.0.1:{options.port}", options.processes, options.process)
+        start_hosts(f"127.0.0.1:{options.port}", num_processes=options.processes, process_id=options.process)
     mesh = MeshShape.parse(options.mesh)
     match options.command:
         case "convert":
@@ -62,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("destination", type=Path, nargs="?")
     parser.add_argument("--mesh", default="data=1")
     parser.add_argument("--batch-bytes", type=int, default=conversion.BATCH_BYTES)
+    parser.add_argument("--chunk-bytes", type=int, default=store._CHUNK_BYTES)
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
