@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         ids = generate(model, tokenizer.encode(_PROMPT), max_new_tokens=options.max_new_tokens, stop_ids=())
         text = tokenizer.decode(timed(ids, timing))
         print(f"   {_PROMPT} {text!r}")
-        print(f"   {timing.describe()}, on {mesh_shape.num_devices} simulated devices of one CPU")
+        print(f"   {timing.describe()} ({mesh_shape.num_devices} simulated devices of one CPU)")
         if options.keep:
             print(f"\nTry: gptoss-jax inspect {converted}\n     gptoss-jax verify {converted} --against {release}")
     return 0

@@ -36,6 +36,21 @@ def memory() -> int | None:
     return None if stats is None else stats.get("bytes_limit")
 
 
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Where a device runs out of memory, says what to do about it."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first_line = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+        raise UserError(
+            f"a device has too little memory ({first_line}): spread the model over more devices with --mesh, "
+            "or ask for a shorter text"
+        ) from error
+
+
 def check_all_take_part(mesh: Mesh | None, hosts: Hosts) -> None:
     """Raises UserError where a process would hold no part of the model."""
     if hosts.num_processes == 1:
@@ -89,10 +104,15 @@ def joined(options: argparse.Namespace) -> Iterator[Hosts]:
 
 @contextlib.contextmanager
 def _printing_alone(hosts: Hosts) -> Iterator[None]:
-    """Keeps stdout for process 0, and there for what Python prints: gloo announces itself on it from C++."""
+    """Keeps stdout for process 0, and there for what Python prints: gloo and NCCL write to it from C++.
+
+    NCCL speaks when NCCL_DEBUG asks it to, and is heard on stderr. Gloo, which connects CPUs, always announces itself.
+    """
     sys.stdout.flush()
-    where = os.dup(1) if hosts.process_id == 0 else os.open(os.devnull, os.O_WRONLY)
-    os.dup2(2, 1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    where = os.dup(1 if hosts.process_id == 0 else nowhere)
+    os.dup2(nowhere if jax.config.jax_platforms == "cpu" else 2, 1)
+    os.close(nowhere)
     text = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
     with open(where, "w", **text) as own, contextlib.redirect_stdout(own):
         yield

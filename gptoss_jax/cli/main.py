@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import gptoss_jax
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptoss-jax {gptoss_jax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo, _init, _convert, _export, _verify, _inspect, _generate):
+    for add in (_demo, _init, _convert, _export, _verify, _inspect, _plan, _generate, _bench):
         add(commands)
     return parser
 
@@ -174,10 +175,79 @@ def _generate(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     _mesh(parser, default=None, help="shard over this mesh; auto chooses one and says why")
-    _implementations(parser)
+    _impl(parser)
+    _dispatch(parser)
+    _embedding(parser)
     parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, for machines")
     _processes(parser, shared="the same arguments and the same checkpoint")
+
+
+def _plan(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "plan:plan",
+        help="say whether a model fits devices that are not here, and how fast they could be",
+        description="Says before anything is downloaded or rented: bytes per device for weights, KV cache and\n"
+        "activations, whether they fit, what a token moves, and the tokens per second that memory and arithmetic\n"
+        "allow at most. The exit code is 1 if it does not fit.",
+    )
+    parser.add_argument("--model", required=True, help="gpt-oss-20b, gpt-oss-120b, …")
+    parser.add_argument("--devices", required=True, metavar="CHIP-COUNT", help="v5e-8, v6e-4, h100-8, rtx4090-1, …")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of each row; default: the model's most")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once; default: %(default)s")
+    _mesh(parser, default="auto", help="where it lies on the devices; auto chooses and says why")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--experts", choices=("mxfp4", "bf16"), default="mxfp4", help="default: %(default)s")
+    _embedding(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="ask the devices' own compiler too; it has to be installed (extra aot)"
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--plot", metavar="FILE", help="draw it, as .png or .svg (extra plot)")
+
+
+def _bench(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "bench:run",
+        help="measure kernels, decoding and prompts on the devices that are here",
+        description="Measures the kernels, decoding and prompts of a model with random weights, each beside what the\n"
+        "device can do at most, which the same run measures. No checkpoint is needed.",
+    )
+    parser.add_argument("parts", metavar="PART", nargs="*", help="kernels, decode, prefill; default: all three")
+    parser.add_argument("--model", default="gpt-oss-20b", help="whose sizes; default: %(default)s")
+    parser.add_argument("--layers", type=int, metavar="N", help="keep only the first N layers")
+    parser.add_argument("--rows", default="1,8,64", metavar="N,…", help="rows to decode at once; default: %(default)s")
+    parser.add_argument(
+        "--context", type=int, default=1024, metavar="N", help="tokens cached before decoding; default: %(default)s"
+    )
+    parser.add_argument("--prompt", type=int, default=2048, metavar="N", help="tokens; default: %(default)s")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--expert-format", choices=("mxfp4", "bf16"), default="mxfp4", help="default: %(default)s")
+    _impl(parser)
+    _mesh(parser, default=None, help="shard the model over this mesh")
+    parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, metavar="S", help="for each number, about; default: %(default)s"
+    )
+    parser.add_argument(
+        "--buffer-bytes", type=int, default=1 << 30, metavar="N", help="for the bandwidth; default: %(default)s"
+    )
+    parser.add_argument(
+        "--matrix-size", type=int, default=8192, metavar="N", help="for the arithmetic; default: %(default)s"
+    )
+    parser.add_argument("--tune", action="store_true", help="look for the best block sizes first, and file them")
+    parser.add_argument(
+        "--trials", type=int, default=100, metavar="N", help="sizes to try at most; default: %(default)s"
+    )
+    parser.add_argument(
+        "--tuned-folder", type=Path, metavar="DIR", help="where to file them; default: the package, kernels/tuned"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result there, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
 
 
 def _processes(parser: argparse.ArgumentParser, *, shared: str) -> None:
@@ -206,12 +276,24 @@ def _mesh(parser: argparse.ArgumentParser, *, default: str | None, help: str) ->
     parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", default=default, help=help + shown)
 
 
-def _implementations(parser: argparse.ArgumentParser) -> None:
+def _impl(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--impl",
         metavar="NAME",
         help="which kernels run: xla, gpu, tpu, or moe_matmul=gpu,attention=xla; default: the best for the devices",
     )
+
+
+def _embedding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embedding",
+        choices=("device", "host"),
+        default="device",
+        help="the memory its table lies in: host leaves 1.16 GB more on a device; default: %(default)s",
+    )
+
+
+def _dispatch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dispatch",
         metavar="WAY",

@@ -10,8 +10,8 @@ import jax
 from gptoss_jax.aot import Topology, quiet_libtpu
 from gptoss_jax.cli.terminal import table
 from gptoss_jax.configs import model_config
-from gptoss_jax.plan.compiled import Compiled, compile_step
-from gptoss_jax.plan.estimate import Estimate, Job, auto_mesh, estimate
+from gptoss_jax.plan.compiled import NoRoom, compile_step
+from gptoss_jax.plan.estimate import Job, auto_mesh, estimate
 from gptoss_jax.plan.report import Plan, plot, sentences, tables
 from gptoss_jax.sharding import MeshShape
 
@@ -48,27 +48,33 @@ def _plan(options: argparse.Namespace) -> Plan:
         context=config.max_context if options.context is None else options.context,
         dtype=options.dtype,
         experts=options.experts,
+        embedding=options.embedding,
     )
     why = ""
     if options.mesh == "auto":
         shape, why = auto_mesh(job)
         job = dataclasses.replace(job, mesh=shape)
-    found = estimate(job)
-    return Plan(model=options.model, estimate=found, why=why, compiled=_compile(found) if options.compile else {})
+    found = Plan(model=options.model, estimate=estimate(job), why=why)
+    return _compiled(found) if options.compile else found
 
 
-def _compile(found: Estimate) -> dict[str, Compiled]:
-    job = found.job
-    return {
-        name: compile_step(
-            job.config,
-            str(job.topology),
-            job.mesh,
-            rows=job.rows,
-            context=job.context,
-            tokens=tokens,
-            dtype=job.dtype,
-            experts=job.experts,
-        )
-        for name, tokens in (("decode", 1), ("prefill", job.prefill_tokens))
-    }
+def _compiled(found: Plan) -> Plan:
+    """The plan with what the devices' compiler says of its steps, or that it cannot fit one."""
+    job = found.estimate.job
+    compiled, notes = {}, []
+    for name, tokens in (("decode", 1), ("prefill", job.prefill_tokens)):
+        try:
+            compiled[name] = compile_step(
+                job.config,
+                str(job.topology),
+                job.mesh,
+                rows=job.rows,
+                context=job.context,
+                tokens=tokens,
+                dtype=job.dtype,
+                experts=job.experts,
+                embedding=job.embedding,
+            )
+        except NoRoom as error:
+            notes.append(f"{name}: {error}")
+    return dataclasses.replace(found, compiled=compiled, notes=tuple(notes))

@@ -13,7 +13,10 @@ _PIPE_WIDTH = 160
 
 @contextlib.contextmanager
 def progress(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes, rate and time left; gives a function of (bytes done, bytes in all)."""
+    """A bar with bytes, rate and time left while a block runs, on stderr if that is a terminal.
+
+    Gives a function of (bytes done, bytes in all).
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -21,7 +24,8 @@ def progress(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int],
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

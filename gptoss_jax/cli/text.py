@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from gptoss_jax.engine.generate import STOP_IDS
 from gptoss_jax.engine.generate import generate as generate_ids
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import check_way
 from gptoss_jax.model.mesh_choice import choose_mesh
-from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.model.transformer import Experts, GptOss, abstract_model
 from gptoss_jax.sharding import MeshShape, make_mesh
 
 
@@ -42,28 +44,29 @@ class Timing:
 
 
 def generate(options: argparse.Namespace) -> int:
+    shape = None if options.mesh in (None, "auto") else MeshShape.parse(options.mesh)
     if options.host_devices is not None:
         devices.simulate(options.host_devices)
     with devices.joined(options) as hosts:
-        path = Path(options.checkpoint)
-        checkpoint.sniff(path)
+        first, path = hosts.process_id == 0, Path(options.checkpoint)
+        config, experts = checkpoint.sizes(path)
         tokenizer, prompt = _prompt(path, options)
-        mesh = _mesh(path, options, num_tokens=len(prompt) + options.max_new_tokens, first=hosts.process_id == 0)
+        if options.mesh == "auto":
+            shape = _choose_mesh(config, experts, options, num_tokens=len(prompt) + options.max_new_tokens, first=first)
+        mesh = None if shape is None else make_mesh(**dataclasses.asdict(shape))
         devices.check_all_take_part(mesh, hosts)
-        check_way(options.dispatch, mesh=mesh)
+        settings = {"mesh": mesh, "dtype": jnp.dtype(options.dtype), "impl": options.impl, "dispatch": options.dispatch}
+        settings["embedding"] = options.embedding
+        _rehearse(config, prompt, options, experts=experts, **settings)
         agree_on_command(options, checkpoint=path, prompt=prompt)
-        settings = {"dtype": jnp.dtype(options.dtype), "impl": options.impl, "dispatch": options.dispatch}
-        model = checkpoint.load(path, mesh=mesh, **settings)
-        _print(model, tokenizer, prompt, options, first=hosts.process_id == 0)
+        with devices.enough_memory():
+            _print(checkpoint.load(path, **settings), tokenizer, prompt, options, first=first)
     return 0
 
 
-def _mesh(path: Path, options: argparse.Namespace, *, num_tokens: int, first: bool) -> Mesh | None:
-    if options.mesh is None:
-        return None
-    if options.mesh != "auto":
-        return make_mesh(**dataclasses.asdict(MeshShape.parse(options.mesh)))
-    config, experts = checkpoint.sizes(path)
+def _choose_mesh(
+    config: ModelConfig, experts: Experts, options: argparse.Namespace, *, num_tokens: int, first: bool
+) -> MeshShape:
     shape, why = choose_mesh(
         config,
         jax.device_count(),
@@ -72,10 +75,21 @@ def _mesh(path: Path, options: argparse.Namespace, *, num_tokens: int, first: bo
         bytes_per_device=devices.memory(),
         dtype=jnp.dtype(options.dtype),
         experts=experts,
+        embedding=options.embedding,
     )
     if first:
         print(f"mesh {shape}: {why}", file=sys.stderr)
-    return make_mesh(**dataclasses.asdict(shape))
+    return shape
+
+
+def _rehearse(
+    config: ModelConfig, prompt: Sequence[int], options: argparse.Namespace, *, mesh: Mesh | None, **settings: Any
+) -> None:
+    """Raises whatever loading and generating would refuse, before weights are read: one layer speaks for all, and
+    shapes for its weights."""
+    check_way(options.dispatch, mesh=mesh)
+    one_layer = dataclasses.replace(config, layer_kinds=config.layer_kinds[:1])
+    _ids(abstract_model(one_layer, mesh=mesh, **settings), prompt, options)
 
 
 def _print(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import sys
 import time
+from itertools import starmap
 from pathlib import Path
 
 from gptoss_jax.cli import devices, memory
@@ -39,7 +40,7 @@ def init(options: argparse.Namespace) -> int:
             experts=options.expert_format,
             on_bytes=on_bytes,
         )
-    _report(options.out, total, start)
+    _report(f"{options.out}: ", total, start)
     return 0
 
 
@@ -54,13 +55,13 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace, mesh: MeshShape, *, first: bool) -> None:
-    start, total = time.perf_counter(), 0
+    start = time.perf_counter()
+    stored: list[int] = []  # the first is what an earlier run has left
     with progress("converting", shown=first) as show:
 
-        def on_progress(done: int, all_bytes: int) -> None:
-            nonlocal total
-            total = all_bytes
-            show(done, all_bytes)
+        def on_progress(done: int, total: int) -> None:
+            stored.append(done)
+            show(done, total)
 
         conversion.convert(
             Path(options.source),
@@ -70,8 +71,13 @@ def _convert(options: argparse.Namespace, mesh: MeshShape, *, first: bool) -> No
             scale_rule=options.scale_rule,
             on_progress=on_progress,
         )
-    if first:
-        _report(options.destination, total, start)
+    if not first:
+        return
+    if not stored:
+        print(f"{options.destination}: all was stored before, and is whole now", file=sys.stderr)
+        return
+    whole = f"{size(stored[-1])}, the last " if stored[0] else ""
+    _report(f"{options.destination}: {whole}", stored[-1] - stored[0], start)
 
 
 def export(options: argparse.Namespace) -> int:
@@ -135,7 +141,10 @@ def _print_inspection(found: Inspection) -> None:
         columns += [f"cut on {found.mesh}", "bytes per device"]
         sums = [[*row[:5], "", *row[5:]] for row in sums]
     table("", columns, [*rows, [""] * len(columns), *sums])
-    print(f"{total.num_values / 1e9:.2f} B parameters in {size(total.nbytes)}")
+    print(f"{_number(total.num_values)} parameters in {size(total.nbytes)}", end="")
+    if found.mesh is not None and total.device_nbytes is not None:
+        print(f", {size(total.device_nbytes)} on each of {found.mesh.num_devices} devices", end="")
+    print()
 
 
 def _describe(config: ModelConfig) -> str:
@@ -143,6 +152,10 @@ def _describe(config: ModelConfig) -> str:
     experts = f"{config.experts_per_token} of {config.num_experts} experts of {config.expert_width}"
     context = f"context {config.max_context}, window {config.sliding_window}"
     return f"{config.num_layers} layers of {config.width}, {heads}, {experts}, {config.vocab_size} ids, {context}"
+
+
+def _number(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -154,11 +167,17 @@ def _counted(total: Total) -> list[str]:
 
 
 def _placed(group: Group) -> list[str]:
-    """Where the mesh cuts it, dimension by dimension; nothing without a mesh."""
-    sharding = group.tensors[0].sharding
-    if sharding is None:
+    """Where the mesh cuts it, dimension by dimension, and what it is padded to for that; nothing without a mesh."""
+    tensor = group.tensors[0]
+    if tensor.sharding is None or tensor.fitted_shape is None:
         return []
-    return [", ".join(axis or "·" for axis in sharding), *_per_device(group.total)]
+    dimensions = zip(tensor.sharding, tensor.shape, tensor.fitted_shape, strict=True)
+    return [", ".join(starmap(_dimension, dimensions)), *_per_device(group.total)]
+
+
+def _dimension(cut: str | None, size: int, fitted: int) -> str:
+    """ "·" whole, "tensor" cut, "tensor 90→96" padded from 90 to 96 and then cut."""
+    return (cut or "·") + ("" if fitted == size else f" {size}→{fitted}")
 
 
 def _per_device(total: Total) -> list[str]:
@@ -175,6 +194,6 @@ def _cut(config: ModelConfig, *, layers: int | None, num_experts: int | None) ->
     return config
 
 
-def _report(folder: str, nbytes: int, start: float) -> None:
+def _report(what: str, nbytes: int, start: float) -> None:
     seconds = time.perf_counter() - start
-    print(f"{folder}: {size(nbytes)} in {seconds:.1f} s, {size(nbytes / seconds)}/s", file=sys.stderr)
+    print(f"{what}{size(nbytes)} in {seconds:.1f} s, {size(nbytes / seconds)}/s", file=sys.stderr)

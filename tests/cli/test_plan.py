@@ -12,7 +12,7 @@ from gptoss_jax.errors import UserError
 def options(**settings) -> argparse.Namespace:
     defaults = {
         "model": "gpt-oss-120b", "devices": "v5e-8", "context": None, "batch": 1, "mesh": "auto",
-        "dtype": "bfloat16", "experts": "mxfp4", "compile": False, "json": False, "plot": None,
+        "dtype": "bfloat16", "experts": "mxfp4", "embedding": "device", "compile": False, "json": False, "plot": None,
     }  # fmt: skip
     return argparse.Namespace(**defaults | settings)
 
@@ -32,6 +32,13 @@ def test_a_job_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["fits"] is False
     assert found["bytes_per_device"]["spare"] < 0
     assert found["why_this_mesh"].startswith("no mesh of 6 keeps weights and cache within")
+
+
+def test_an_embedding_on_the_host_makes_room_where_little_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(options(model="gpt-oss-20b", devices="v5e-1")) == 1
+    assert "112,917 tokens would fit; it fits with --embedding host." in capsys.readouterr().out
+    assert plan(options(model="gpt-oss-20b", devices="v5e-1", embedding="host")) == 0
+    assert "the embedding in the host's memory" in capsys.readouterr().out
 
 
 def test_a_mesh_of_ones_own_is_taken_and_needs_no_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,61 @@
+"""What one device can do at most, measured: bytes and multiplications per second. Knows arrays; knows no model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt32
+
+from gptoss_jax.bench.timing import seconds_inside
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """Of one device.
+
+    Attributes:
+        copied: bytes per second, read and written together, of a copy.
+        read: bytes per second of a sum.
+        flops: multiplications and additions per second of a product of square matrices, sums in float32.
+    """
+
+    copied: float
+    read: float
+    flops: float
+
+    @property
+    def bandwidth(self) -> float:
+        """The better of two readers: one can be too slow, but none too fast."""
+        return max(self.copied, self.read)
+
+    def seconds(self, *, nbytes: float, flops: float) -> float:
+        """The least time for so much work, if memory and arithmetic never wait for each other."""
+        return max(nbytes / self.bandwidth, flops / self.flops)
+
+
+def measure_ceilings(*, buffer_bytes: int, matrix_size: int, dtype: DTypeLike, budget: float) -> Ceilings:
+    """`buffer_bytes` must be more than caches hold, `matrix_size` enough to fill the device."""
+    buffer = jax.random.bits(jax.random.key(0, impl="rbg"), (buffer_bytes // 4,), jnp.uint32)
+    copied = 2 * buffer.nbytes / seconds_inside(_copy, buffer, None, budget=budget)
+    read = buffer.nbytes / seconds_inside(_sum, jnp.uint32(1), buffer, budget=budget)
+    del buffer
+    matrix = jax.random.normal(jax.random.key(1, impl="rbg"), (matrix_size, matrix_size), dtype)
+    multiplied = seconds_inside(_multiply, matrix, matrix * matrix_size**-0.5, budget=budget)
+    return Ceilings(copied=copied, read=read, flops=2 * matrix_size**3 / multiplied)
+
+
+def _copy(buffer: UInt32[Array, " n"], _: None, i: Int[Array, ""]) -> UInt32[Array, " n"]:
+    return buffer ^ i.astype(jnp.uint32)
+
+
+def _sum(total: UInt32[Array, ""], buffer: UInt32[Array, " n"], i: Int[Array, ""]) -> UInt32[Array, ""]:
+    """Each turn's terms depend on the sum before: the loop cannot make it once."""
+    return jnp.sum(buffer ^ total, dtype=jnp.uint32)
+
+
+def _multiply(x: Float[Array, "n n"], matrix: Float[Array, "n n"], i: Int[Array, ""]) -> Float[Array, "n n"]:
+    """Random values of order one, turn after turn: a device is faster with zeros than with numbers."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
