@@ -28,9 +28,9 @@ from gptoss_jax.convert.names import FileTensor
 from gptoss_jax.convert.source import Parameters, Repacked, Source, read_sharded
 from gptoss_jax.convert.staging import Journal, Staging
 from gptoss_jax.errors import UserError
-from gptoss_jax.hosts import barrier, together
+from gptoss_jax.hosts import barrier, is_first, together
 from gptoss_jax.kernels.mxfp4 import ScaleRule
-from gptoss_jax.model.transformer import Experts, abstract_model, parameters
+from gptoss_jax.model.transformer import Experts, released
 from gptoss_jax.sharding import MeshShape, make_mesh, place
 
 BATCH_BYTES = 256 << 20
@@ -78,7 +78,7 @@ def convert(
     Args:
         source_path: a folder of Hugging Face's or OpenAI's layout.
         destination: must not exist. Meanwhile `destination`.unfinished grows.
-        mesh: files are cut for the shards of this mesh; any other can restore them.
+        mesh: files are cut for the shards of this mesh, which it has to divide; any other can load them.
         experts: how to store them; None keeps them as they are, byte for byte.
         scale_rule: of MXFP4 scales when bf16 experts are to be packed.
         on_progress: called with bytes stored so far and in all.
@@ -100,7 +100,7 @@ def convert(
     with staging.claimed():
         if not _begin(job, destination, _plan(job, scale_rule)):
             _publish(_convert(job, on_progress), staging, destination)
-        if jax.process_index() == 0:
+        if is_first():
             staging.discard()
         barrier("converted")
     return Manifest.read(destination)
@@ -117,16 +117,17 @@ def fingerprint(folder: TensorFolder) -> str:
 
 
 def _targets(stored: Parameters, mesh: Mesh) -> list[Target]:
-    declared = parameters(abstract_model(stored.config, experts=stored.experts))
-    return [
-        Target(
-            name=name,
-            shape=parameter.shape,
-            dtype=stored.dtype(name),
-            sharding=place(name, parameter.shape, parameter.axes, mesh),
-        )
-        for name, parameter in declared.items()
-    ]
+    """Files hold no padding, unlike a model that is loaded: a mesh that they are cut for has to divide all of them."""
+    declared = released(stored.config, stored.experts)
+    try:
+        return [
+            Target(name=name, shape=shape, dtype=stored.dtype(name), sharding=place(name, shape, axes, mesh))
+            for name, (shape, axes) in declared.items()
+        ]
+    except UserError as error:
+        raise UserError(
+            f"{error}; only the files are cut for this mesh, and a checkpoint for any can be loaded onto every other"
+        ) from error
 
 
 def _plan(job: Job, scale_rule: ScaleRule) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _begin(job: Job, destination: Path, plan: dict[str, Any]) -> bool:
         finished = os.path.lexists(destination) and job.staging.plan() == plan
         if not finished:
             _refuse_existing(destination)
-            if jax.process_index() == 0:
+            if is_first():
                 _check_room(job)
             job.staging.begin(plan)
     barrier("begun")
@@ -184,7 +185,7 @@ def _check_room(job: Job) -> None:
 def _publish(manifest: Manifest, staging: Staging, destination: Path) -> None:
     """From here on the destination is there, whole."""
     with together("giving the checkpoint its name"):
-        if jax.process_index() == 0:
+        if is_first():
             manifest.write(staging.checkpoint)
             try:
                 staging.checkpoint.rename(destination)
@@ -205,7 +206,7 @@ def _convert(job: Job, on_progress: Callable[[int, int], None]) -> Manifest:
         _store(job, journal, on_progress)
         return _finish(job)
     except UserError:
-        if jax.process_index() == 0:
+        if is_first():
             job.staging.discard()  # the source is bad: there is nothing to go on with
         raise
     except OSError as error:  # reading has turned its own into UserError
@@ -223,7 +224,7 @@ def _store(job: Job, journal: Journal, on_progress: Callable[[int, int], None]) 
         return  # all is stored and merged
     hashed, done = Journal.read(job.staging)
     barrier("journals read")
-    if jax.process_index() == 0:
+    if is_first():
         store.forget_other_batches(job.staging.checkpoint, set(done))
     barrier("resumed")
     total = sum(target.nbytes for target in job.targets)
@@ -289,7 +290,7 @@ def _finish(job: Job) -> Manifest:
     """Merges what is stored and puts the small files beside it."""
     folder = job.staging.checkpoint
     store.finish(folder)
-    if jax.process_index() == 0:
+    if is_first():
         _copy_small_files(job.source.path, folder)
     barrier("copied")
     tensors, by_parameter = Journal.read(job.staging)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import AbstractMesh
+
 from gptoss_jax.convert.manifest import MANIFEST_NAME
 from gptoss_jax.convert.names import FileTensor, Layout, Part, View
 from gptoss_jax.convert.source import CONFIG_NAME, Source
@@ -15,9 +17,9 @@ from gptoss_jax.convert.staging import SUFFIX, Journal, Staging
 from gptoss_jax.convert.stored import StoredParameters, unfinished_at
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.layers import Axes
-from gptoss_jax.model.transformer import Experts, abstract_model, parameters
-from gptoss_jax.sharding import MeshShape, partition
+from gptoss_jax.model.placement import place_model
+from gptoss_jax.model.transformer import Experts, released
+from gptoss_jax.sharding import MESH_AXES, Axes, MeshShape, Placement, partition
 
 Format = Literal["checkpoint", "hf", "original", "unfinished"]
 Kind = Literal["embedding", "attention", "norm", "router", "experts", "unembedding"]
@@ -51,7 +53,8 @@ class TensorEntry:
         file: where it is: a safetensors file, or the folder of a parameter.
         chunk: the box that each file of a parameter holds.
         sharding: for each axis the mesh axis that cuts it, if a mesh was given.
-        device_nbytes: of the part on one device of the mesh, in the stored dtype.
+        fitted_shape: as `load` makes it for the mesh: some axes are padded, key/value heads may be repeated.
+        device_nbytes: of the part of that on one device of the mesh, in the stored dtype.
     """
 
     name: str
@@ -63,7 +66,8 @@ class TensorEntry:
     stored_nbytes: int
     file: str
     chunk: tuple[int, ...] | None = None
-    sharding: tuple[str | None, ...] | None = None
+    sharding: Axes | None = None
+    fitted_shape: tuple[int, ...] | None = None
     device_nbytes: int | None = None
 
 
@@ -189,7 +193,7 @@ def inspect_folder(path: Path, *, mesh: MeshShape | None = None) -> Inspection:
         mesh: also say where each tensor would lie on such a mesh. No device is needed.
 
     Raises:
-        UserError: it is none of these, it is not whole, or the mesh does not divide it.
+        UserError: it is none of these, it is not whole, or the mesh has more devices on `tensor` than there are heads.
     """
     unfinished = unfinished_at(path)
     if unfinished is not None:
@@ -213,13 +217,13 @@ def _unfinished(path: Path, folder: Path) -> Inspection:
 
 def _checkpoint(path: Path, mesh: MeshShape | None) -> Inspection:
     stored = StoredParameters.open(path, check=False)
-    axes = _axes(stored.config, stored.experts)
+    places = _places(stored.config, stored.experts, mesh)
     tensors = []
     for name, shape in stored.shapes.items():
         own_axes = View(shape, tuple(range(len(shape))), tuple((axis,) for axis in range(len(shape))))
         tensor = FileTensor(name, stored.dtype(name), shape, (Part(name, own_axes, 0),))
         files = stored.files(name)
-        entry = _entry(tensor, file=os.path.commonpath(files), axes=axes, mesh=mesh)
+        entry = _entry(tensor, file=os.path.commonpath(files), places=places)
         stored_nbytes = sum(stored.manifest.files[file].nbytes for file in files)
         tensors.append(dataclasses.replace(entry, stored_nbytes=stored_nbytes, chunk=stored.chunk(name)))
     manifest = stored.manifest
@@ -238,12 +242,12 @@ def _release(path: Path, mesh: MeshShape | None) -> Inspection:
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path} has no {CONFIG_NAME}; expected a checkpoint, a Hugging Face or an original/ folder")
     source = Source.open(path)
-    axes = _axes(source.config, source.experts)
+    places = _places(source.config, source.experts, mesh)
     tensors = []
     for tensor in source.tensors:
         info = source.folder.tensors[tensor.name]
         as_stored = dataclasses.replace(tensor, dtype=info.dtype)
-        tensors.append(_entry(as_stored, file=info.file.name, axes=axes, mesh=mesh))
+        tensors.append(_entry(as_stored, file=info.file.name, places=places))
     return Inspection(
         path=path,
         format=source.layout,
@@ -254,13 +258,32 @@ def _release(path: Path, mesh: MeshShape | None) -> Inspection:
     )
 
 
-def _axes(config: ModelConfig, experts: Experts) -> dict[str, Axes]:
-    return {name: parameter.axes for name, parameter in parameters(abstract_model(config, experts=experts)).items()}
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """How one parameter of ours lies on the mesh."""
+
+    cuts: Axes  # the mesh axis that cuts each of its axes
+    fitted: tuple[int, ...]
+    shard: tuple[int, ...]
 
 
-def _entry(tensor: FileTensor, *, file: str, axes: Mapping[str, Axes], mesh: MeshShape | None) -> TensorEntry:
-    parts = [_placed(part, axes[part.parameter], mesh) for part in tensor.parts] if mesh is not None else []
-    return TensorEntry(
+def _places(config: ModelConfig, experts: Experts, mesh: MeshShape | None) -> dict[str, _Place]:
+    """By parameter; empty without a mesh."""
+    if mesh is None:
+        return {}
+    sizes = dataclasses.asdict(mesh)
+    placement = place_model(config, AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES))
+    return {name: _place(placement, sizes, shape, axes) for name, (shape, axes) in released(config, experts).items()}
+
+
+def _place(placement: Placement, sizes: Mapping[str, int], shape: tuple[int, ...], axes: Axes) -> _Place:
+    cuts = tuple(name if name is not None and sizes[name] > 1 else None for name in partition(axes))
+    fitted = tuple(fit.fitted for fit in placement.axis_fits(shape, axes))
+    return _Place(cuts, fitted, tuple(n // (sizes[cut] if cut else 1) for n, cut in zip(fitted, cuts, strict=True)))
+
+
+def _entry(tensor: FileTensor, *, file: str, places: Mapping[str, _Place]) -> TensorEntry:
+    entry = TensorEntry(
         name=tensor.name,
         kind=_kind(tensor.parts[0].parameter),
         dtype=str(tensor.dtype),
@@ -269,25 +292,23 @@ def _entry(tensor: FileTensor, *, file: str, axes: Mapping[str, Axes], mesh: Mes
         nbytes=tensor.nbytes,
         stored_nbytes=tensor.nbytes,
         file=file,
-        sharding=parts[0][0] if parts else None,  # q, k and v, which may share a tensor, are cut alike
-        device_nbytes=sum(size for _, size in parts) * tensor.dtype.itemsize if parts else None,
+    )
+    if not places:
+        return entry
+    views = [(part.view, places[part.parameter]) for part in tensor.parts]
+    fitted = [_in_file(view, place.fitted) for view, place in views]
+    view, first = views[0]  # q, k and v, which may share a tensor, are cut alike
+    return dataclasses.replace(
+        entry,
+        sharding=tuple(next((first.cuts[axis] for axis in group if first.cuts[axis]), None) for group in view.groups),
+        fitted_shape=(sum(rows for rows, *_ in fitted), *fitted[0][1:]),
+        device_nbytes=sum(math.prod(place.shard) for _, place in views) * tensor.dtype.itemsize,
     )
 
 
-def _placed(part: Part, axes: tuple[str | None, ...], mesh: MeshShape) -> tuple[tuple[str | None, ...], int]:
-    """The mesh axis that cuts each axis of the file's tensor, and how many elements one device holds."""
-    sizes = dataclasses.asdict(mesh)
-    placed = [name if name is not None and sizes[name] > 1 else None for name in partition(axes)]
-    for size, axis, name in zip(part.view.shape, axes, placed, strict=True):
-        if name is not None and size % sizes[name]:
-            raise UserError(
-                f"{part.parameter} has {axis}={size}, which mesh axis {name}={sizes[name]} does not divide: "
-                f"choose a divisor of {size}"
-            )
-    in_file = tuple(
-        next((placed[axis] for axis in group if placed[axis] is not None), None) for group in part.view.groups
-    )
-    return in_file, math.prod(part.view.shape) // math.prod(sizes[name] for name in placed if name is not None)
+def _in_file(view: View, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a parameter of ours of this shape would have in a file."""
+    return dataclasses.replace(view, shape=shape).file_shape
 
 
 def _num_values(tensor: FileTensor) -> int:

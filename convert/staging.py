@@ -24,7 +24,7 @@ import jax
 from gptoss_jax.convert.json_file import read_object, write_object
 from gptoss_jax.convert.manifest import SourceTensor, StoredFile
 from gptoss_jax.errors import UserError
-from gptoss_jax.hosts import together
+from gptoss_jax.hosts import is_first, together
 
 SUFFIX = ".unfinished"
 _LOCK, _PLAN = "lock", "plan.json"
@@ -48,7 +48,7 @@ class Staging:
         """
         lock: int | None = None
         with together("making the unfinished folder"):
-            if jax.process_index() == 0:
+            if is_first():
                 lock = self._lock()
         try:
             with together("finding the unfinished folder"):
@@ -85,7 +85,7 @@ class Staging:
             raise UserError(
                 f"{self.path} holds {min(strange)} but no {_PLAN}, so no conversion made it; move it out of the way"
             )
-        if jax.process_index() == 0:
+        if is_first():
             write_object(self.path / _PLAN, plan)
 
     def nbytes(self) -> int:

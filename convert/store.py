@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptoss_jax.hosts import barrier
+from gptoss_jax.hosts import barrier, is_first
 
 PARAMETERS = "params"
 _STATE = "state"  # Orbax's name for the tree in a checkpoint
@@ -51,7 +51,7 @@ def finish(folder: Path) -> None:
     has them, and the batches go when it is whole.
     """
     done, merging = folder / PARAMETERS, folder / "merging"
-    if jax.process_index() == 0 and not done.exists():
+    if is_first() and not done.exists():
         shutil.rmtree(merging, ignore_errors=True)
         shutil.copytree(_batches(folder), _batches(merging), copy_function=_link_or_copy)
     barrier("merging")
@@ -59,7 +59,7 @@ def finish(folder: Path) -> None:
         with _saving(), _without_false_alarms():
             ocp.partial.finalize(str((merging / PARAMETERS).absolute()))
     barrier("merged")
-    if jax.process_index() == 0:
+    if is_first():
         if not done.exists():
             _forget_when_and_where(merging / PARAMETERS)
             (merging / PARAMETERS).rename(done)

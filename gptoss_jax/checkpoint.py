@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import Way
 from gptoss_jax.model.experts import in_columns, is_expert_matrix
 from gptoss_jax.model.formats import in_memory
+from gptoss_jax.model.layers import Memory
 from gptoss_jax.model.placement import place_model
 from gptoss_jax.model.transformer import Experts, GptOss, abstract_model, parameters, released, with_parameters
 from gptoss_jax.sharding import Axes, Fit, Placement
@@ -37,6 +38,7 @@ def load(
     dtype: DTypeLike = jnp.bfloat16,
     impl: str | None = None,
     dispatch: Way | None = None,
+    embedding: Memory = "device",
 ) -> GptOss:
     """Loads a model, each parameter straight to its place on the mesh; a process reads only its own shards.
 
@@ -46,19 +48,21 @@ def load(
         dtype: of computation and of the parameters outside packed experts: bfloat16 or float32.
         impl: see GptOss.
         dispatch: see GptOss.
+        embedding: see GptOss.
 
     Raises:
         UserError: nothing that can be loaded is there, it is not whole, or the model does not fit the mesh.
         Unsupported: a named implementation that does not run on these devices.
     """
     source = _open(Path(path))
-    model = abstract_model(source.config, dtype=dtype, experts=source.experts, mesh=mesh, impl=impl, dispatch=dispatch)
+    settings: dict[str, Any] = {"impl": impl, "dispatch": dispatch, "embedding": embedding}
+    model = abstract_model(source.config, dtype=dtype, experts=source.experts, mesh=mesh, **settings)
     placement = place_model(source.config, mesh)
     as_released = released(source.config, source.experts)
     values = {}
     for name, parameter in parameters(model).items():
         array = _read(source, name, as_released[name][1], placement)
-        values[name] = _settle(name, array, parameter, placement, impl=model.impl.moe_matmul)
+        values[name] = _settle(name, array, parameter, placement, model)
     return with_parameters(model, values)
 
 
@@ -130,19 +134,17 @@ def _fitted(source: Parameters, name: str, index: tuple[slice, ...], fits: tuple
     return found
 
 
-def _settle(name: str, array: jax.Array, parameter: nnx.Param, placement: Placement, *, impl: str) -> jax.Array:
-    """The array in the layout and dtype that the model computes with; bytes move on their own device only."""
+def _settle(name: str, array: jax.Array, parameter: nnx.Param, placement: Placement, model: GptOss) -> jax.Array:
+    """The array in the layout, dtype and memory that the model computes with; it stays on its own device."""
+    impl = model.impl.moe_matmul
     sharding = placement.sharding(name, parameter.shape, parameter.get_metadata()["axes"]) or array.sharding
-    kept = in_memory(name, rank=parameter.ndim, sharding=sharding, impl=impl)
-    kind = name.rpartition(".")[2] if layout(impl) == "columns" and is_expert_matrix(name) else None
-    if kind is None and array.dtype == parameter.dtype and kept is sharding:
-        return array
-    return _mover(kind, jnp.dtype(parameter.dtype), kept)(array)
+    kept = in_memory(name, rank=parameter.ndim, sharding=sharding, impl=impl, embedding=model.embedding.memory)
+    if layout(impl) == "columns" and is_expert_matrix(name):
+        return _mover(name.rpartition(".")[2], jnp.dtype(parameter.dtype), kept)(array)
+    array = array if array.dtype == parameter.dtype else array.astype(parameter.dtype)
+    return array if kept is sharding else jax.device_put(array, kept)
 
 
 @functools.cache  # one compiled function for the parameters of all layers
-def _mover(kind: str | None, dtype: jnp.dtype, kept: Format | Sharding) -> Callable[[jax.Array], jax.Array]:
-    def move(array: jax.Array) -> jax.Array:
-        return (array if kind is None else in_columns(kind, array)).astype(dtype)
-
-    return jax.jit(move, out_shardings=kept)
+def _mover(kind: str, dtype: jnp.dtype, kept: Format | Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: in_columns(kind, array).astype(dtype), out_shardings=kept)

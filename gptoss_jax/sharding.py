@@ -159,6 +159,12 @@ class Placement:
                 array = jnp.pad(array, width)
         return array
 
+    def lay(self, array: jax.Array, axes: Axes) -> jax.Array:
+        """Lays an array of the fitted shape on the mesh; also where jax is tracing."""
+        if self.mesh is None:
+            return array
+        return jax.lax.with_sharding_constraint(array, place("a parameter", array.shape, axes, self.mesh))
+
     def sharding(self, name: str, shape: tuple[int, ...], axes: Axes) -> NamedSharding | None:
         """Where the array `name` of the fitted shape lies; None without a mesh."""
         return None if self.mesh is None else place(name, shape, axes, self.mesh)

@@ -211,3 +211,18 @@ def test_the_layout_of_a_kernel_keeps_every_value(impl: str, folders: dict[str, 
 def test_float16_is_refused(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="expected bfloat16 or float32: float16 overflows"):
         load(folders["checkpoint"], dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("mesh", [None, {"expert": 2}], ids=["one", "mesh"])
+def test_an_embedding_on_the_host_gives_the_same_numbers(mesh, folders: dict[str, Path]):
+    mesh = mesh and make_mesh(**mesh)
+    tokens = jnp.array([[5, 300, 17], [1, 2, 351]], jnp.int32)
+    model = load(folders["checkpoint"], mesh=mesh, dtype=jnp.float32, embedding="host")
+    assert parameters(model)["embedding.weight"][...].sharding.memory_kind == "pinned_host"
+    plain = load(folders["checkpoint"], mesh=mesh, dtype=jnp.float32)
+    np.testing.assert_array_equal(jax.jit(model)(tokens), jax.jit(plain)(tokens))
+
+
+def test_an_embedding_on_the_host_is_not_cut(folders: dict[str, Path]):
+    message = refused(folders["checkpoint"], mesh=make_mesh(tensor=2), embedding="host")
+    assert "mesh axis tensor=2 cuts it already: leave it on the devices, or choose tensor=1" in message

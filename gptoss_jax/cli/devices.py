@@ -111,7 +111,7 @@ def _printing_alone(hosts: Hosts) -> Iterator[None]:
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     where = os.dup(1 if hosts.process_id == 0 else nowhere)
-    os.dup2(nowhere if jax.config.jax_platforms == "cpu" else 2, 1)
+    os.dup2(nowhere if jax.config.values["jax_platforms"] == "cpu" else 2, 1)
     os.close(nowhere)
     text = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
     with open(where, "w", **text) as own, contextlib.redirect_stdout(own):

@@ -71,13 +71,16 @@ def _convert(options: argparse.Namespace, mesh: MeshShape, *, first: bool) -> No
             scale_rule=options.scale_rule,
             on_progress=on_progress,
         )
-    if not first:
+    if first:
+        _report_conversion(options.destination, stored, start)
+
+
+def _report_conversion(destination: str, stored: list[int], start: float) -> None:
+    new = stored[-1] - stored[0] if stored else 0
+    if not new:
+        print(f"{destination}: whole; all of it had been stored before", file=sys.stderr)
         return
-    if not stored:
-        print(f"{options.destination}: all was stored before, and is whole now", file=sys.stderr)
-        return
-    whole = f"{size(stored[-1])}, the last " if stored[0] else ""
-    _report(f"{options.destination}: {whole}", stored[-1] - stored[0], start)
+    _report(f"{destination}: " + (f"{size(stored[-1])}, the last " if stored[0] else ""), new, start)
 
 
 def export(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.kernels import attention as kernels
 from gptoss_jax.model.cache import FullCache, RingCache
 from gptoss_jax.model.config import LayerKind, ModelConfig
+from gptoss_jax.model.implementations import device_kind_of
 from gptoss_jax.model.layers import Linear, declare
 from gptoss_jax.model.rope import rotate
 from gptoss_jax.sharding import WHOLE, Placement, row_axis
@@ -45,6 +46,7 @@ class Attention(nnx.Module):
         self.window = config.sliding_window if kind == "sliding" else None
         self.mesh = placement.mesh
         self.impl = impl
+        self.device_kind = device_kind_of(placement.mesh)
 
     def __call__(
         self,
@@ -81,8 +83,6 @@ class Attention(nnx.Module):
         count: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T N H"], FullCache | RingCache]:
         keys, values, grown = cache.extend(k, v, length=length, count=count)
-        if self.window is None:
-            mixed = kernels.full(q, keys, values, sinks, first_query=length, impl=self.impl)
-        else:
-            mixed = kernels.sliding(q, keys, values, sinks, first_query=length, window=self.window, impl=self.impl)
-        return mixed, grown
+        attend = kernels.full if self.window is None else functools.partial(kernels.sliding, window=self.window)
+        settings = {"impl": self.impl, "device_kind": self.device_kind}
+        return attend(q, keys, values, sinks, first_query=length, **settings), grown

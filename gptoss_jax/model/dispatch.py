@@ -27,14 +27,14 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.errors import Unsupported, UserError
 from gptoss_jax.kernels.moe_matmul import moe_matmul
-from gptoss_jax.model.implementations import platform_of
+from gptoss_jax.model.implementations import device_kind_of, platform_of
 from gptoss_jax.model.rounds import Padded, Ragged, count, plan_rounds, sum_of_rounds
 from gptoss_jax.sharding import AnyMesh, row_axis
 
 Way = Literal["reduce", "exchange", "ragged"]
 Leaves: TypeAlias = list[Array]
 Experts: TypeAlias = tuple[Any, Array, Any, Array]  # gate_up and its bias, down and its bias; however matrices lie
-Visit: TypeAlias = Callable[[Array, Array, Array, Experts], Array]  # `_visit` of one implementation
+Visit: TypeAlias = Callable[..., Array]  # `_visit` of one implementation
 
 _START_BYTES = 1 << 20  # what a collective costs beside its bytes: a link of 100 GB/s moves this in 10 microseconds
 _SLACK = 1.25  # of the mean load, or four deviations of a random one where that is more: so much room has a round
@@ -70,6 +70,12 @@ class Load:
     def tokens_per_device(self) -> int:
         """Of exchange; the last ones may be padding."""
         return -(-self.num_tokens // self.token_shards)
+
+    def own_visits(self, way: Way) -> int:
+        """To the experts of one device, on average: of the rows that it has to look at fewer than all are."""
+        if way == "reduce":
+            return -(-self.num_tokens * self.experts_per_token // self.expert_shards)
+        return self.tokens_per_device * self.experts_per_token
 
     def room(self, way: Way) -> int:
         """Visits of one round: from one device to another (exchange), or to one device from all (ragged)."""
@@ -144,7 +150,9 @@ def mix(
         Unsupported: the way cannot run on the mesh's devices.
     """
     check_way(way, mesh=mesh)
-    visit = functools.partial(_visit, limit=limit, impl=impl)
+    if not x.size:  # a round would have no room
+        return x
+    visit = functools.partial(_visit, limit=limit, impl=impl, device_kind=device_kind_of(mesh))
     if mesh is None:
         rows, logits = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
         mixed = _visit_own(rows, *route(logits, experts_per_token), experts, first_expert=0, visit=visit)
@@ -164,6 +172,7 @@ def mix(
         sum_itemsize=x.dtype.itemsize if platform_of(mesh) == "tpu" else 4,
     )
     chosen_way = load.choose_way() if way is None else way
+    visit = functools.partial(visit, expected_rows=load.own_visits(chosen_way))
 
     def local(x: Array, logits: Array, experts: Experts) -> Array:
         rows, logits = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
@@ -215,15 +224,18 @@ def _visit(
     expert: Int[Array, " S"],
     experts: Experts,
     *,
+    expected_rows: int | None = None,
     limit: float,
     impl: str,
+    device_kind: str | None,
 ) -> Float[Array, "S D"]:
     """For each visit what the expert makes of x[token], in float32; zero where there is no such expert here."""
     gate_up, gate_up_bias, down, down_bias = experts
     order = jnp.argsort(expert, stable=True)  # visits to nobody have the highest number, and sort behind
     group_sizes = count(expert, len(down_bias))
-    hidden = moe_matmul(x[token[order]], gate_up, gate_up_bias, group_sizes, swiglu_limit=limit, impl=impl)
-    return moe_matmul(hidden, down, down_bias, group_sizes, impl=impl)[jnp.argsort(order)]
+    settings: dict[str, Any] = {"expected_rows": expected_rows, "impl": impl, "device_kind": device_kind}
+    hidden = moe_matmul(x[token[order]], gate_up, gate_up_bias, group_sizes, swiglu_limit=limit, **settings)
+    return moe_matmul(hidden, down, down_bias, group_sizes, **settings)[jnp.argsort(order)]
 
 
 def _visit_own(

@@ -49,7 +49,8 @@ class ExpertLinear(nnx.Module):
             parameter = declare(rngs, shape, axes, dtype=dtype, init=init, placement=placement)
             if layout == "rows":
                 return parameter
-            return nnx.Param(in_columns(kind, parameter[...]), axes=axes_in_columns(kind, axes))
+            turned = axes_in_columns(kind, axes)
+            return nnx.Param(placement.lay(in_columns(kind, parameter[...]), turned), axes=turned)
 
         zeros = nnx.initializers.zeros_init()
         self.bias = declare(rngs, rows, row_axes, dtype=dtype, init=zeros, placement=placement)

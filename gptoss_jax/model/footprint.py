@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
-from gptoss_jax.kernels.mxfp4 import BLOCK
 from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.model.placement import fit_heads
+from gptoss_jax.model.layers import Memory
+from gptoss_jax.model.placement import place_model
 from gptoss_jax.model.transformer import Experts, released
-from gptoss_jax.sharding import Axes, Fit, MeshShape, Placement, partition
+from gptoss_jax.sharding import MESH_AXES, Axes, MeshShape, Placement, partition
 
 GROUPS: tuple[str, ...] = ("embedding", "attention", "router", "experts", "norms", "unembedding")
 
@@ -66,8 +67,11 @@ def footprint(
     capacity: int,
     dtype: DTypeLike = jnp.bfloat16,
     experts: Experts = "mxfp4",
+    embedding: Memory = "device",
 ) -> Footprint:
     """Of a model with a cache for `rows` rows of `capacity` tokens.
+
+    An embedding in the host's memory counts nothing.
 
     Raises:
         UserError: the model does not fit the mesh's axes.
@@ -75,8 +79,9 @@ def footprint(
     itemsize = jnp.dtype(dtype).itemsize
     full, sliding = (config.layer_kinds.count(kind) for kind in ("full", "sliding"))
     slot = rows_here(rows, shape) * 2 * kv_heads_here(config, shape) * config.head_dim * itemsize
+    weights = _weights(config, shape, itemsize=itemsize, experts=experts)
     return Footprint(
-        weights=_weights(config, shape, itemsize=itemsize, experts=experts),
+        weights=weights | ({"embedding": 0} if embedding == "host" else {}),
         full_cache=full * slot * capacity,
         sliding_cache=sliding * slot * config.sliding_window,
     )
@@ -146,19 +151,7 @@ def _shard(size: tuple[int, ...], axes: Axes, config: ModelConfig, shape: MeshSh
 
 @functools.cache
 def _placement(config: ModelConfig, shape: MeshShape) -> Placement:
-    """The fits of place_model, for a mesh that has no devices."""
-    heads, kv_heads = fit_heads(config.num_heads, config.num_kv_heads, shape.tensor)
-    fits = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "vocab": Fit.padded(config.vocab_size, shape.tensor),
-        "experts": Fit.padded(config.num_experts, shape.expert),
-        "expert_width": Fit.padded(config.expert_width, shape.tensor),
-    }
-    if config.expert_width % BLOCK == 0:
-        blocks = Fit.padded(config.expert_width // BLOCK, shape.tensor)
-        fits |= {"expert_width": Fit(config.expert_width, blocks.fitted * BLOCK), "expert_width_blocks": blocks}
-    return Placement(None, fits)
+    return place_model(config, AbstractMesh((shape.data, shape.expert, shape.tensor), MESH_AXES))
 
 
 def _group(path: str) -> str:

@@ -10,13 +10,17 @@ what reads it:
 Left to itself it copies the first into the second in every step, all ids and all experts of every layer.
 """
 
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format
 from jax.sharding import Sharding
 
+from gptoss_jax.kernels.columns import placed
 from gptoss_jax.model.experts import is_expert_matrix
+from gptoss_jax.model.layers import Memory
 
 
-def in_memory(path: str, *, rank: int, sharding: Sharding, impl: str) -> Format | Sharding:
+def in_memory(
+    path: str, *, rank: int, sharding: Sharding, impl: str, embedding: Memory = "device"
+) -> Format | Sharding:
     """To load a parameter with: on a TPU row by row where the table above says so, else as the compiler likes.
 
     Args:
@@ -24,7 +28,10 @@ def in_memory(path: str, *, rank: int, sharding: Sharding, impl: str) -> Format 
         rank: its number of dimensions.
         sharding: where it lies on the mesh.
         impl: of moe_matmul.
+        embedding: the memory that its table lies in.
     """
+    if path == "embedding.weight" and embedding == "host":
+        return sharding.with_memory_kind("pinned_host")
     if impl == "tpu" and (path == "embedding.weight" or is_expert_matrix(path)):
-        return Format(Layout(tuple(range(rank))), sharding)
+        return placed(sharding, ndim=rank)
     return sharding

@@ -1,9 +1,10 @@
-"""Which implementation of each op a model runs, and how its experts' tokens travel. Knows names; knows no arrays."""
+"""Which implementation of each op a model runs, and for which kind of device. Knows names; knows no arrays."""
 
 import dataclasses
+from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.choose import choose
@@ -47,5 +48,14 @@ def platform_of(mesh: AnyMesh | None) -> str:
     """ "cpu", "gpu" or "tpu": of the mesh's devices, or of the first device; "cpu" for a mesh without devices."""
     if isinstance(mesh, AbstractMesh):
         return "cpu"
-    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    name = _first_device(mesh).platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def device_kind_of(mesh: AnyMesh | None) -> str | None:
+    """The kind of those devices, by which kernels have their block sizes; None for a mesh without devices."""
+    return None if isinstance(mesh, AbstractMesh) else _first_device(mesh).device_kind
+
+
+def _first_device(mesh: Mesh | None) -> Any:  # jax.Device is no type to the checker
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]

@@ -3,17 +3,26 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.experimental import compute_on
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.product import matmul
-from gptoss_jax.sharding import WHOLE, Axes, Placement
+from gptoss_jax.sharding import WHOLE, Axes, Placement, row_axis
 
+Memory = Literal["device", "host"]
 Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
+
+_HOST = jax.memory.Space.Host
+_compute_on: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)  # the function's name in jax 0.10
 
 
 def declare(
@@ -22,10 +31,10 @@ def declare(
     """The one place where a parameter comes to be; its logical axes, one per dimension, travel with it as metadata.
 
     sharding.py turns the axes into a place on a mesh, convert/names.py finds the parameter by its path. `shape` is the
-    released one; the parameter has the fitted one.
+    released one; the parameter has the fitted one, and lies on the mesh.
     """
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(placement.fit(init(rngs.params(), shape, dtype), axes), axes=axes)
+    return nnx.Param(placement.lay(placement.fit(init(rngs.params(), shape, dtype), axes), axes), axes=axes)
 
 
 def fan_in(size: int) -> Init:
@@ -74,8 +83,9 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, computed in float32 and returned in x's dtype (arXiv:1910.07467)."""
 
-    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs):
-        self.scale = declare(rngs, (width,), ("width",), dtype=jnp.float32, init=nnx.initializers.ones_init())
+    def __init__(self, width: int, *, eps: float, rngs: nnx.Rngs, placement: Placement = WHOLE):
+        ones = nnx.initializers.ones_init()
+        self.scale = declare(rngs, (width,), ("width",), dtype=jnp.float32, init=ones, placement=placement)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
@@ -85,11 +95,53 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One row of the table for each id."""
+    """One row of the table for each id.
 
-    def __init__(self, vocab_size: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, placement: Placement = WHOLE):
+    In the host's memory the table takes none of the device's (1.16 GB in the release), and each step fetches the few
+    rows that it needs from there.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        placement: Placement = WHOLE,
+        memory: Memory = "device",
+    ):
         axes, normal = ("vocab", "width"), nnx.initializers.normal(1.0)
         self.weight = declare(rngs, (vocab_size, width), axes, dtype=dtype, init=normal, placement=placement)
+        self.mesh = placement.mesh
+        self.memory: Memory = memory
+        if memory == "host" and self.mesh is not None and self.mesh.shape["tensor"] > 1:
+            raise UserError(
+                f"an embedding in the host's memory lies there whole, and mesh axis tensor={self.mesh.shape['tensor']} "
+                "cuts it already: leave it on the devices, or choose tensor=1"
+            )
 
-    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-        return self.weight[...][ids]
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        if self.memory == "host":
+            return _rows_on_host(self.weight[...], ids)
+        if self.mesh is None or self.mesh.shape["tensor"] == 1:
+            return self.weight[...][ids]
+        # Written out, since XLA for GPUs gathers the whole table on each device where ids are few.
+        rows = P(row_axis(ids.shape[0], self.mesh))
+        look_up = jax.shard_map(
+            _own_rows, mesh=self.mesh, in_specs=(P("tensor"), rows), out_specs=rows, check_vma=False
+        )
+        return look_up(self.weight[...], ids)
+
+
+def _own_rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Each id's row lies on one device of `tensor`; the others add zeros to it."""
+    own = ids - lax.axis_index("tensor") * table.shape[0]
+    is_own = (own >= 0) & (own < table.shape[0])
+    return lax.psum(jnp.where(is_own[..., None], table[jnp.where(is_own, own, 0)], 0), "tensor")
+
+
+def _rows_on_host(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    table, ids = jax.device_put((table, ids), _HOST)
+    look_up = _compute_on(lambda table, ids: table[ids], compute_type="device_host", out_memory_spaces=_HOST)
+    return jax.device_put(look_up(table, ids), jax.memory.Space.Device)

@@ -9,12 +9,15 @@ taken whose busiest device reads the fewest bytes. What that weighs:
     data     cuts the cache and its rows; weights are repeated
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.footprint import Footprint, footprint, reads
+from gptoss_jax.model.layers import Memory
 from gptoss_jax.model.transformer import Experts
 from gptoss_jax.sharding import MeshShape
 
@@ -28,6 +31,7 @@ def choose_mesh(
     bytes_per_device: int | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     experts: Experts = "mxfp4",
+    embedding: Memory = "device",
 ) -> tuple[MeshShape, str]:
     """The mesh over all of the devices, and a sentence that says why.
 
@@ -39,12 +43,15 @@ def choose_mesh(
         bytes_per_device: for weights and cache; None is enough. Where no mesh fits, the one that holds least is taken.
         dtype: of the model.
         experts: how their weights lie.
+        embedding: the memory that its table lies in; the host's has it whole, so `tensor` is 1 then.
 
     Raises:
         UserError: the devices are none, or more than the model has heads and experts to give them.
     """
     candidates = mesh_shapes(config, num_devices)
-    settings = {"dtype": dtype, "experts": experts}
+    if embedding == "host":
+        candidates = [shape for shape in candidates if shape.tensor == 1]
+    settings: dict[str, Any] = {"dtype": dtype, "experts": experts, "embedding": embedding}
     held = {shape: footprint(config, shape, rows=batch, capacity=context, **settings) for shape in candidates}
     fitting = [shape for shape in candidates if bytes_per_device is None or held[shape].total <= bytes_per_device]
     if not fitting:

@@ -1,6 +1,7 @@
 """The mixture of experts of one layer: router and expert MLP. Knows its parameters; dispatch.py moves the tokens."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -30,10 +31,9 @@ class MoE(nnx.Module):
         dispatch: Way | None = None,
     ):
         experts, width, expert_width = config.num_experts, config.width, config.expert_width
-        self.router = Linear((experts,), (width,), axes=("router_experts", "width"), dtype=dtype, rngs=rngs)
-        make = functools.partial(
-            ExpertLinear, experts, packed=packed, layout=layout(impl), dtype=dtype, rngs=rngs, placement=placement
-        )
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "placement": placement}
+        self.router = Linear((experts,), (width,), axes=("router_experts", "width"), **kwargs)
+        make = functools.partial(ExpertLinear, experts, packed=packed, layout=layout(impl), **kwargs)
         self.gate_up = make((expert_width, 2), width, axes=(("expert_width", "gate_up"), "width"))
         self.down = make((width,), expert_width, axes=(("width",), "expert_width"))
         self.experts_per_token = config.experts_per_token

@@ -19,7 +19,7 @@ from gptoss_jax.model.cache import Cache, FullCache, RingCache
 from gptoss_jax.model.config import LayerKind, ModelConfig
 from gptoss_jax.model.dispatch import Way
 from gptoss_jax.model.implementations import Implementations, platform_of
-from gptoss_jax.model.layers import Embedding, Linear, RMSNorm
+from gptoss_jax.model.layers import Embedding, Linear, Memory, RMSNorm
 from gptoss_jax.model.moe import MoE
 from gptoss_jax.model.placement import place_model
 from gptoss_jax.sharding import AnyMesh, Axes, Placement, constrain
@@ -43,9 +43,10 @@ class Block(nnx.Module):
         dispatch: Way | None = None,
     ):
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "placement": placement}
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+        norm = functools.partial(RMSNorm, config.width, eps=config.norm_eps, rngs=rngs, placement=placement)
+        self.attention_norm = norm()
         self.attention = Attention(config, kind, impl=impl.attention, **kwargs)
-        self.moe_norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+        self.moe_norm = norm()
         self.moe = MoE(config, packed=packed, impl=impl.moe_matmul, dispatch=dispatch, **kwargs)
 
     def __call__(
@@ -72,6 +73,7 @@ class GptOss(nnx.Module):
         mesh: where the parameters are sharded; None is one device.
         impl: which implementation of the kernels runs, "xla" for all or "moe_matmul=gpu,attention=xla"; by default the
             best that the devices have.
+        embedding: in which memory its table lies; on the host it leaves the device 1.16 GB more in the release.
         dispatch: how tokens reach their experts on a mesh (see dispatch.py); by default chosen by their number.
 
     Raises:
@@ -88,6 +90,7 @@ class GptOss(nnx.Module):
         mesh: AnyMesh | None = None,
         impl: str | None = None,
         dispatch: Way | None = None,
+        embedding: Memory = "device",
         rngs: nnx.Rngs,
     ):
         if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
@@ -96,9 +99,9 @@ class GptOss(nnx.Module):
         self.impl = Implementations.parse(impl, platform=platform_of(mesh))
         kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "placement": placement}
         block = functools.partial(Block, packed=experts == "mxfp4", impl=self.impl, dispatch=dispatch, **kwargs)
-        self.embedding = Embedding(config.vocab_size, config.width, **kwargs)
+        self.embedding = Embedding(config.vocab_size, config.width, memory=embedding, **kwargs)
         self.layers = nnx.List([block(config, kind) for kind in config.layer_kinds])
-        self.norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, rngs=rngs, placement=placement)
         self.unembedding = Linear(
             (config.vocab_size,), (config.width,), axes=("vocab", "width"), use_bias=False, **kwargs
         )
@@ -158,9 +161,11 @@ def abstract_model(
     mesh: AnyMesh | None = None,
     impl: str | None = None,
     dispatch: Way | None = None,
+    embedding: Memory = "device",
 ) -> GptOss:
     """The model with shapes for parameters: what is loaded and planned before anything is allocated."""
-    settings: dict[str, Any] = {"dtype": dtype, "experts": experts, "mesh": mesh, "impl": impl, "dispatch": dispatch}
+    settings: dict[str, Any] = {"dtype": dtype, "experts": experts, "mesh": mesh, "impl": impl}
+    settings |= {"dispatch": dispatch, "embedding": embedding}
     return nnx.eval_shape(lambda: GptOss(config, **settings, rngs=nnx.Rngs(0)))
 
 

@@ -1,16 +1,25 @@
 """What a user gets wrong: one sentence on stderr that names it and the way out, exit code 2, and nothing in the way."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
 from gptoss_jax.cli import main
+from gptoss_jax.cli.devices import enough_memory
+from gptoss_jax.convert import conversion
+from gptoss_jax.errors import UserError
+from tests.convert.hollow import write_hollow
+from tests.hosts.processes import COMMAND, free_port, run_all
+from tests.tiny import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -76,16 +85,52 @@ def test_a_config_that_is_not_implemented(say, tiny_hf: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("mesh", "complaint"),
     [
-        ("expert=3", "experts=8, which mesh axis expert=3 does not divide: choose expert among 1, 2"),
-        ("tensor=2", "expert_width_blocks=7, which mesh axis tensor=2 does not divide"),
+        (
+            "expert=3",
+            "experts=8, which mesh axis expert=3 does not divide: choose expert among 1, 2; only the files are",
+        ),
+        (
+            "tensor=2",
+            "tensor=2 does not divide: choose tensor among 1; only the files are cut for this mesh, and a check",
+        ),
         ("experts=2", "names axis 'experts'; expected data, expert, tensor"),
         ("expert=two", "gives expert the size 'two'; expected a positive integer"),
-        ("data=16", "16"),
+        ("expert=0", "gives expert the size '0'; expected a positive integer"),
+        ("expert=-2", "gives expert the size '-2'; expected a positive integer"),
+        ("expert", "gives expert the size ''; expected a positive integer"),
+        ("expert=2,expert=4", "names axis 'expert' twice; name it once"),
+        ("", "names axis ''; expected data, expert, tensor, as in expert=4,tensor=2"),
+        ("data=16", "16 CPU devices are wanted and jax has started with 8: run the command in a process of its own"),
     ],
 )
 def test_a_mesh_that_does_not_fit(say, tiny_hf: Path, tmp_path: Path, mesh: str, complaint: str):
     assert complaint in say("convert", tiny_hf, tmp_path / "out", "--mesh", mesh)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_mesh_with_more_devices_than_heads(say, tiny_hf: Path):
+    complaint = "mesh axis tensor=13 exceeds the model's 12 query heads: choose tensor up to 12"
+    assert complaint in say("inspect", tiny_hf, "--mesh", "tensor=13")
+
+
+def test_an_interrupted_conversion(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """No mistake, but a command that is stopped owes a sentence too; and the next counts only what it does itself."""
+    words = ("convert", str(tiny_hf), str(tmp_path / "out"))
+    monkeypatch.setattr(conversion, "BATCH_BYTES", 1_000_000)
+    save, batches = conversion.store.save, iter(range(100))
+
+    def save_one(*arguments: Any) -> None:
+        if next(batches) == 1:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(conversion.store, "save", save_one)
+    assert main(words) == 130
+    assert "gptoss-jax convert: interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert main(words) == 0
+    assert re.search(r"/out: 4\.03 MB, the last 3\.\d\d MB in \d+\.\d s, ", capsys.readouterr().err)
 
 
 def test_a_model_without_a_name(say, tmp_path: Path):
@@ -108,22 +153,76 @@ def test_export_of_what_is_no_checkpoint(say, tiny_hf: Path, tmp_path: Path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.fixture(scope="module")
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a vocabulary of 640 GB, none of which is there: a command that loads it ends in no sentence."""
+    folder = tmp_path_factory.mktemp("hollow")
+    write_hollow(folder, dataclasses.replace(TINY, vocab_size=10**9))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ([], "expected a TEXT or --tokens"),
         (["text", "--tokens", "1"], "expected a TEXT or --tokens"),
+        (["text"], "tokenizer.json"),
         (["--tokens", "1,b"], "--tokens holds 'b'; expected ids separated by commas"),
-        (["--tokens", "1,352"], "holds id 352; expected 0 to 351"),
-        (["text", "--top-p", "0"], "top_p is 0.0; expected more than 0"),
-        (["text", "--temperature", "-1"], "temperature is -1.0; expected 0 (greedy) or more"),
-        (["text", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["text", "--mesh", "expert=16"], "needs 16 devices, there are 8"),
-        (["text", "--host-devices", "0"], "--host-devices is 0; expected at least 1"),
+        (["--tokens", "1,1000000000"], "holds id 1000000000; expected 0 to 999999999"),
+        (["--tokens", "1", "--top-p", "0"], "top_p is 0.0; expected more than 0"),
+        (["--tokens", "1", "--temperature", "-1"], "temperature is -1.0; expected 0 (greedy) or more"),
+        (["--tokens", "1", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--tokens", "1", "--max-new-tokens", "131072"], "are 131073; the model's context is 131072: shorten"),
+        (["--tokens", "1", "--mesh", "expert=16"], "needs 16 devices, there are 8 (cpu): make an axis smaller, or sim"),
+        (["--tokens", "1", "--mesh", "expert=two"], "gives expert the size 'two'; expected a positive integer"),
+        (["--tokens", "1", "--host-devices", "0"], "--host-devices is 0; expected at least 1"),
+        (["--tokens", "1", "--impl", "tpu"], "'tpu' runs on tpu, the devices here are cpu: choose one of xla"),
+        (
+            ["--tokens", "1", "--impl", "attention=gpu"],
+            "'gpu' runs on gpu, the devices here are cpu: choose one of xla",
+        ),
+        (["--tokens", "1", "--impl", "xls"], "no implementation 'xls': did you mean xla? expected one of xla"),
+        (["--tokens", "1", "--impl", "moe_mat=xla"], "names op 'moe_mat'; expected attention or moe_matmul, as in"),
+        (["--tokens", "1", "--dispatch", "redu"], "dispatch 'redu' is unknown; expected one of reduce, exchange, rag"),
+        (
+            ["--tokens", "1", "--mesh", "expert=2", "--dispatch", "ragged"],
+            "the mesh's devices are cpu: choose 'exchange'",
+        ),
     ],
 )
-def test_generate(say, tiny_hf: Path, arguments: list[str], complaint: str):
-    assert complaint in say("generate", tiny_hf, *arguments)
+def test_generate_before_it_loads(say, hollow: Path, arguments: list[str], complaint: str):
+    assert complaint in say("generate", hollow, *arguments)
+
+
+def test_a_device_that_is_full():
+    """2**50 bytes are more than the addresses of a process, whatever the machine has."""
+    with (
+        pytest.raises(
+            UserError, match=r"too little memory \(Out of memory allocating 1125899906842624 bytes\): spread the model"
+        ),
+        enough_memory(),
+    ):
+        jax.numpy.zeros(1 << 50, jax.numpy.uint8).block_until_ready()
+
+
+def test_processes_that_count_differently_or_are_given_no_mesh(hollow: Path):
+    """Nobody waits, and nothing is loaded."""
+    word = (*COMMAND, "generate", hollow, "--tokens", 1, "--host-devices", 1, "--join-timeout", 100, "--coordinator")
+    for counts, complaint in (
+        ((2, 3), "do not agree on the number of processes: give all the same --num-processes"),
+        (
+            (2, 2),
+            "--mesh is missing: it lays the model over the devices of the 2 processes; choose sizes whose product",
+        ),
+    ):
+        where = f"127.0.0.1:{free_port()}"
+        for process in run_all(
+            [(*word, where, "--num-processes", count, "--process-id", i) for i, count in enumerate(counts)]
+        ):
+            assert process.code == 2, process.stderr
+            assert complaint in process.stderr
+            assert "Traceback" not in process.stderr
+            assert process.stdout == ""
 
 
 def test_half_of_the_process_flags(say, tiny_hf: Path, tmp_path: Path):

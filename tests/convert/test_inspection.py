@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
+from gptoss_jax.checkpoint import load
 from gptoss_jax.configs import model_config
 from gptoss_jax.convert.conversion import convert
 from gptoss_jax.convert.inspection import Inspection, inspect_folder
-from gptoss_jax.convert.names import file_tensors
 from gptoss_jax.errors import UserError
-from gptoss_jax.model.config import ModelConfig
-from gptoss_jax.sharding import MeshShape
+from gptoss_jax.model.transformer import parameters
+from gptoss_jax.sharding import MeshShape, make_mesh
+from tests.convert.hollow import write_hollow
 from tests.tiny import TINY
 
 # TINY by hand: q, k, v, o and sinks; 8 experts; 6 layers of these, a router and two norms.
@@ -114,6 +115,7 @@ def test_json_is_complete_and_always_has_the_same_keys(checkpoint: Path, tiny_or
         "file": "params/state/layers.5.moe.gate_up.blocks",
         "chunk": [2, 224, 2, 5, 16],
         "sharding": ["expert", None, None, None, None],
+        "fitted_shape": [8, 224, 2, 5, 16],
         "device_nbytes": 4 * 448 * 80,
     }
     assert original["origin"] is None
@@ -142,19 +144,16 @@ def by_name(found: Inspection) -> dict[str, tuple[tuple[str | None, ...] | None,
     return {entry.name: (entry.sharding, entry.device_nbytes) for entry in found.tensors}
 
 
-def test_a_mesh_cuts_what_its_axes_name(tiny_hf: Path, tiny_hf_bf16: Path, tiny_original: Path) -> None:
+def test_a_mesh_cuts_what_its_axes_name(tiny_hf_bf16: Path, tiny_original: Path) -> None:
     mesh = MeshShape(data=2, expert=4, tensor=2)
-    with pytest.raises(
-        UserError, match="expert_width_blocks=7, which mesh axis tensor=2 does not divide: choose a div"
-    ):
-        inspect_folder(tiny_hf, mesh=mesh)
     hf = by_name(inspect_folder(tiny_hf_bf16, mesh=mesh))
     assert hf["model.embed_tokens.weight"] == (("tensor", None), 352 * 160 * 2 // 2)
     assert hf["model.layers.0.self_attn.q_proj.weight"] == (("tensor", None), 192 * 160 * 2 // 2)
     assert hf["model.layers.0.self_attn.o_proj.weight"] == ((None, "tensor"), 160 * 192 * 2 // 2)
     assert hf["model.layers.0.input_layernorm.weight"] == ((None,), 320)
-    assert hf["model.layers.0.mlp.experts.gate_up_proj"] == (("expert", None, "tensor"), 8 * 160 * 448 * 2 // 8)
-    assert hf["model.layers.0.mlp.experts.down_proj"] == (("expert", "tensor", None), 8 * 224 * 160 * 2 // 8)
+    # A width of 224 is 7 blocks of MXFP4, 8 of which two devices share, packed or not.
+    assert hf["model.layers.0.mlp.experts.gate_up_proj"] == (("expert", None, "tensor"), 8 * 160 * 512 * 2 // 8)
+    assert hf["model.layers.0.mlp.experts.down_proj"] == (("expert", "tensor", None), 8 * 256 * 160 * 2 // 8)
     # Eight experts on eight devices; and all of it on one, however often `data` repeats it.
     original = by_name(inspect_folder(tiny_original, mesh=MeshShape(expert=8)))
     assert original["block.0.attn.qkv.weight"] == ((None, None), 320 * 160 * 2)
@@ -163,18 +162,32 @@ def test_a_mesh_cuts_what_its_axes_name(tiny_hf: Path, tiny_hf_bf16: Path, tiny_
     assert whole.total.device_nbytes == whole.total.nbytes
 
 
-def test_devices_hold_what_is_said(tiny_hf_bf16: Path) -> None:
-    """Against jax's own arithmetic, on the simulated devices."""
-    from gptoss_jax.model.transformer import abstract_model, parameters
-    from gptoss_jax.sharding import make_mesh, place
+def test_what_a_mesh_does_not_divide_is_padded(tiny_hf: Path, tiny_original: Path) -> None:
+    mesh = MeshShape(expert=3, tensor=8)  # 8 experts are 9, 7 blocks 8, 12 query heads 16 with a key head each
+    hf = {entry.name: (entry.fitted_shape, entry.device_nbytes) for entry in inspect_folder(tiny_hf, mesh=mesh).tensors}
+    layer = "model.layers.0"
+    assert hf[f"{layer}.self_attn.q_proj.weight"] == ((16 * 16, 160), 2 * 16 * 160 * 2)
+    assert hf[f"{layer}.self_attn.k_proj.weight"] == ((16 * 16, 160), 2 * 16 * 160 * 2)
+    assert hf[f"{layer}.mlp.experts.gate_up_proj_blocks"] == ((9, 2 * 256, 5, 16), 3 * 2 * 32 * 5 * 16)
+    assert hf[f"{layer}.mlp.experts.down_proj_blocks"] == ((9, 160, 8, 16), 3 * 160 * 16)
+    assert hf[f"{layer}.mlp.router.weight"] == ((8, 160), 8 * 160 * 2)
+    (qkv,) = [entry for entry in inspect_folder(tiny_original, mesh=mesh).tensors if "0.attn.qkv.weight" in entry.name]
+    assert (qkv.shape, qkv.fitted_shape, qkv.device_nbytes) == ((320, 160), (3 * 16 * 16, 160), 3 * 2 * 16 * 160 * 2)
+    with pytest.raises(UserError, match="tensor=13 exceeds the model's 12 query heads: choose tensor up to 12"):
+        inspect_folder(tiny_hf, mesh=MeshShape(tensor=13))
 
-    sizes = {"data": 1, "expert": 2, "tensor": 4}
-    devices = make_mesh(**sizes)
-    expected = 0
-    for name, parameter in parameters(abstract_model(TINY, experts="bf16")).items():
-        sharding = place(name, parameter.shape, parameter.axes, devices)
-        expected += 2 * math.prod(sharding.shard_shape(parameter.shape))
-    assert inspect_folder(tiny_hf_bf16, mesh=MeshShape(**sizes)).total.device_nbytes == expected
+
+@pytest.mark.parametrize("mesh", [MeshShape(expert=2, tensor=4), MeshShape(expert=3, tensor=2)], ids=str)
+@pytest.mark.parametrize("fixture", ["tiny_hf", "tiny_original", "checkpoint"])
+def test_devices_hold_what_is_said(fixture: str, mesh: MeshShape, request: pytest.FixtureRequest) -> None:
+    """Against what lies on the simulated devices after loading; norms and sinks become float32 there."""
+    path = request.getfixturevalue(fixture)
+    model = load(path, mesh=make_mesh(**dataclasses.asdict(mesh)))
+    held = 0
+    for parameter in parameters(model).values():
+        itemsize = min(parameter.dtype.itemsize, 2)
+        held += parameter[...].addressable_shards[0].data.size * itemsize
+    assert inspect_folder(path, mesh=mesh).total.device_nbytes == held
 
 
 # --- the released sizes -------------------------------------------------------------------------------------------
@@ -190,7 +203,6 @@ def test_devices_hold_what_is_said(tiny_hf_bf16: Path) -> None:
 def test_a_full_size_release_is_inspected_without_reading_it(
     tmp_path: Path, name: str, billions: float, gigabytes: float
 ) -> None:
-    """The file is a header and a hole of that many gigabytes: it takes no room, and reading it would be noticed."""
     config = model_config(name)
     write_hollow(tmp_path, config)
     found = inspect_folder(tmp_path, mesh=MeshShape(expert=8))
@@ -199,19 +211,13 @@ def test_a_full_size_release_is_inspected_without_reading_it(
     assert round(found.total.nbytes / 1e9, 1) == gigabytes
     experts = found.totals["experts"]
     assert experts.device_nbytes == experts.nbytes // 8
-
-
-def write_hollow(folder: Path, config: ModelConfig) -> None:
-    header, end = {}, 0
-    for tensor in file_tensors(config, layout="hf", experts="mxfp4"):
-        code = "U8" if str(tensor.dtype) == "uint8" else "BF16"
-        start, end = end, end + tensor.nbytes
-        header[tensor.name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    (folder / "config.json").write_text(json.dumps(config.to_hf(mxfp4=True)))
+    (blocks, *_) = [
+        entry
+        for entry in inspect_folder(tmp_path, mesh=MeshShape(tensor=8)).tensors
+        if "down_proj_blocks" in entry.name
+    ]
+    assert blocks.fitted_shape == (config.num_experts, 2880, 96, 16)
+    assert blocks.device_nbytes == config.num_experts * 2880 * 12 * 16
 
 
 # --- what is not whole --------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from gptoss_jax.sharding import make_mesh
 
 ROWS, VOCAB = 4, 352
 RELEASED_VOCAB = 201_088
-SETTINGS = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 20, 1.0), (1.3, 0, 0.9), (1.0, 300, 0.6)]
-MESHES = [(1, 4), (1, 8), (2, 4), (2, 3)]  # data, tensor; 3 pads the vocabulary
+SETTINGS = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 20, 1.0), (1.3, 0, 0.9), (1.0, 300, 0.6), (1.1, 353, 0.9)]
+MESHES = [(1, 4), (1, 8), (2, 4), (2, 3)]  # data, tensor; 3 pads the vocabulary to 354 ids
 draw = jax.jit(sample)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gptoss_jax.cli import main
 from gptoss_jax.sharding import MeshShape
 from tests.hosts.processes import COMMAND, ROOT, free_port, run_all
 
@@ -51,6 +52,25 @@ def test_a_job_file_has_a_chip_for_each_place_of_its_mesh(name: str, chips: int)
     (asked,) = run_all([(*COMMAND, *words[1:2], "--help")])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert flag in asked.stdout
+
+
+# Flags of Docker, srun, mpirun, gcloud, pip and useradd in the same files.
+_OTHERS = {"--rm", "--gpus", "--ipc", "--no-deps", "--no-cache-dir", "--create-home"} | {
+    "--kill-on-bad-exit",
+    "--ntasks-per-node",
+    "--worker",
+    "--command",
+}
+
+
+def test_every_flag_that_is_named_exists(capsys: pytest.CaptureFixture[str]):
+    for command in ("init", "generate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    known = {*re.findall(r"--[a-z-]+", capsys.readouterr().out), *_OTHERS}
+    for path in (ROOT / "docs" / "deploy.md", ROOT / "Dockerfile.cuda", *MULTI_HOST.iterdir()):
+        text = "\n".join(line for line in path.read_text().splitlines() if not line.startswith("#SBATCH"))
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known, path
 
 
 def test_a_slurm_job_has_a_gpu_for_each_place_of_its_mesh():

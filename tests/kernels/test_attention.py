@@ -167,6 +167,19 @@ def test_every_implementation_agrees_with_the_oracle(
     np.testing.assert_allclose(out, case.expected(window=window), atol=tolerance)
 
 
+@pytest.mark.parametrize("impl", implementations("attention", platform="cpu"))
+@pytest.mark.parametrize(("rows", "num_queries"), [(2, 0), (0, 3)])
+def test_no_queries_have_no_values(rows: int, num_queries: int, impl: str):
+    q = jnp.ones((rows, num_queries, HEADS, HEAD_DIM), jnp.bfloat16)
+    k, near = (jnp.ones((rows, keys, KV_HEADS, HEAD_DIM), jnp.bfloat16) for keys in (30, 9 + num_queries))
+    settings = {"first_query": jnp.zeros(rows, jnp.int32), "impl": impl}
+    for out in (
+        full(q, k, k, jnp.ones(HEADS), **settings),
+        sliding(q, near, near, jnp.ones(HEADS), window=9, **settings),
+    ):
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])
 def test_memory_does_not_grow_with_queries_times_keys(dtype):
     """A prompt's worth of queries over the whole context of the release's heads: 2 TiB of scores if made at once."""

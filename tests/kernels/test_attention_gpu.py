@@ -6,6 +6,7 @@ Slots that no query may see hold NaN in every test: a kernel that reads one and 
 import dataclasses
 import json
 from importlib import resources
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +51,11 @@ class Case:
         self.v = draw(rows, end, self.kv_heads, self.head_dim)
         self.sinks = rng.standard_normal(self.heads).astype(np.float32)
 
-    def check(self, *, window: int | None = None, slots: int | None = None, blocks: gpu.Blocks | None = None) -> None:
+    def check(self, *, window: int | None = None, slots: int | None = None, blocks: Any = None) -> None:
         done = np.asarray(self.run(window=window, slots=slots, blocks=blocks)).astype(np.float64)
         np.testing.assert_allclose(done, self.expected(window), rtol=0, atol=TOLERANCE[self.dtype])
 
-    def run(
-        self, *, window: int | None = None, slots: int | None = None, blocks: gpu.Blocks | None = None
-    ) -> jax.Array:
+    def run(self, *, window: int | None = None, slots: int | None = None, blocks: Any = None) -> jax.Array:
         """`full` over `slots` slots, or `sliding`."""
         q, k, v, sinks, first_query = self.arrays(window=window, slots=slots)
         if window is None:
@@ -131,6 +130,19 @@ def test_queries_past_the_last_slot_see_every_slot():
     expected = xla.full(q, k, v, sinks, first_query=first_query)
     done = gpu.full(q, k, v, sinks, first_query=first_query, blocks=SMALL, interpret=True)
     np.testing.assert_allclose(done, expected, rtol=0, atol=TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_fewer_keys_than_a_block(num_queries: int):
+    case = Case([0], num_queries)
+    case.check()
+    case.check(window=2)
+
+
+def test_blocks_may_be_those_of_each_form():
+    """As a tuned table has them: those of the form that is asked for are taken."""
+    unfit = dataclasses.replace(SMALL, rows=24)  # no power of two, which would be an error
+    Case([0, 37], 1).check(slots=64, blocks={**dict.fromkeys(gpu.DEFAULTS, unfit), "decode_float32": SMALL})
 
 
 def test_split_windows_agree_with_the_oracle():

@@ -254,7 +254,7 @@ def test_tuned_sizes_are_sizes():
     table = json.loads(resources.files(tuned).joinpath("attention.tpu.json").read_text(encoding="utf-8"))
     assert tpu.Blocks(**table["default"]) == tpu.Blocks()
     for kind in table.keys() - {"default"}:
-        sizes = tuned.find("attention", "tpu", device_kind=kind, form="decode")
+        sizes = tuned.find("attention", "tpu", device_kind=kind)
         assert sizes is not None
         assert sizes.keys() == table["default"].keys()
         assert tpu.Blocks(**sizes).keys % 128 == 0

@@ -104,6 +104,30 @@ def test_agrees_with_a_loop(
     assert not np.asarray(out)[sum(group_sizes) :].any()
 
 
+@pytest.mark.parametrize("swiglu_limit", [None, LIMIT], ids=["sums", "swiglu"])
+@pytest.mark.parametrize("impl", implementations("moe_matmul", platform="cpu"))
+def test_no_rows_have_no_outputs(impl: str, swiglu_limit: float | None):
+    outputs = (OUTPUTS,) if swiglu_limit is None else (OUTPUTS, 2)
+    weight, x = (
+        given(random_weight(4, outputs=outputs), "packed", impl, jnp.bfloat16),
+        jnp.ones((0, INPUTS), jnp.bfloat16),
+    )
+    out = run(x, weight, jnp.ones((4, *outputs)), jnp.zeros(4, jnp.int32), swiglu_limit=swiglu_limit, impl=impl)
+    assert (out.shape, out.dtype) == ((0, OUTPUTS), jnp.float32 if swiglu_limit is None else x.dtype)
+
+
+@pytest.mark.parametrize("impl", implementations("moe_matmul", platform="cpu"))
+def test_few_rows_are_expected_and_all_come(impl: str):
+    """Tiles are made for one row each, and one expert gets nearly all of 300."""
+    weight, sizes = random_weight(4), (0, 280, 0, 9)
+    x = np.random.default_rng(3).standard_normal((300, INPUTS)).astype(np.float32)
+    bias = np.ones((4, OUTPUTS), np.float32)
+    arrays = jnp.asarray(x), given(weight, "packed", impl, jnp.float32), jnp.asarray(bias), jnp.asarray(sizes)
+    out = moe_matmul(*arrays, expected_rows=4, impl=impl)
+    expected = loop(x, oracle.mxfp4_decode(weight.blocks, weight.scales), bias, sizes)
+    assert (np.abs(np.asarray(out, np.float64) - expected) <= TOLERANCE * np.sqrt(INPUTS)).all()
+
+
 def given(weight: MXFP4, form: str, impl: str, dtype) -> MXFP4 | Columns | jax.Array:
     """The weight as the implementation wants it."""
     if form == "columns" or (form == "packed" and layout(impl) == "columns"):

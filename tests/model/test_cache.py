@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.model.cache import Cache, FullCache, RingCache
+from gptoss_jax.model.cache import Cache, FullCache, RingCache, _scatter_behind, _update_behind
 from tests.tiny import TINY
 
 ROWS, WINDOW, CAPACITY, KV_HEADS, HEAD_DIM = 3, 9, 60, 4, 16
@@ -84,6 +84,36 @@ def test_writing_past_the_capacity_overwrites_nothing():
     _, _, grown = cache.extend(jnp.asarray(k), jnp.asarray(v), **arguments)
     expected = [[5, 5, numbered(0, 2), numbered(0, 3)], [5, 5, 5, numbered(1, 3)], [5, 5, 5, 5]]
     np.testing.assert_array_equal(grown.k[:, :, 0, 0], expected)
+
+
+# On a TPU, where other devices scatter, slices are written in place: platform_dependent hides the one or the other.
+scatter, update = jax.jit(_scatter_behind), jax.jit(_update_behind)
+
+
+@given(
+    st.sampled_from([(20, 1), (20, 7), (20, 20), (1, 1)]).flatmap(
+        lambda sizes: st.tuples(
+            st.just(sizes),
+            st.tuples(*[st.integers(0, sizes[0] + 3)] * ROWS),
+            st.tuples(*[st.integers(0, sizes[1])] * ROWS),
+        )
+    )
+)
+def test_slices_are_written_as_a_scatter_writes(
+    case: tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]],
+):
+    """Wherever rows stand, at the end, across it and past it too."""
+    (slots, size), lengths, counts = case
+    rng = np.random.default_rng(slots + size)
+    buffer = rng.standard_normal((ROWS, slots, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    values = rng.standard_normal((ROWS, size, KV_HEADS, HEAD_DIM)).astype(np.float32)
+    arguments = buffer, values, jnp.asarray(lengths, jnp.int32), jnp.asarray(counts, jnp.int32)
+    expected = buffer.copy()
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        kept = max(0, min(count, slots - length))
+        expected[row, length : length + kept] = values[row, :kept]
+    np.testing.assert_array_equal(update(*arguments), expected)
+    np.testing.assert_array_equal(scatter(*arguments), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bf16"])

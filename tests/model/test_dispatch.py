@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.errors import Unsupported, UserError
 from gptoss_jax.kernels.columns import Columns, columns_codes, columns_scales
+from gptoss_jax.kernels.moe_matmul import moe_matmul
 from gptoss_jax.kernels.mxfp4 import MXFP4
 from gptoss_jax.model import dispatch
 from gptoss_jax.model.dispatch import Load, Way, check_way, mix, route
@@ -359,6 +360,29 @@ def test_a_round_holds_a_random_load_and_never_more_than_there_is(num_tokens: in
     senders = 4 if way == "ragged" else 1
     mean = senders * per_device * 4 / 4
     assert mean <= load.room(way) <= senders * per_device * 4
+
+
+def test_kernels_are_told_how_many_rows_to_expect_and_for_which_devices(monkeypatch: pytest.MonkeyPatch):
+    """Of 48 visits a quarter is to the experts of one device. All rows, most of them of nobody, would ask for tiles
+    four times as long: 48 of reduce, and of exchange 8 from each device."""
+    told: list[tuple[int, int | None, str | None]] = []
+
+    def listen(x: jax.Array, *operands: Any, expected_rows: int | None, device_kind: str | None, **settings: Any):
+        told.append((x.shape[0], expected_rows, device_kind))
+        return moe_matmul(x, *operands, **settings)
+
+    monkeypatch.setattr(dispatch, "moe_matmul", listen)
+    case, kind = Case(rows=1, tokens=16), jax.devices()[0].device_kind
+    for mesh, way in ((make((1, 4, 1)), "reduce"), (make((1, 4, 1)), "exchange"), (None, None)):
+        jax.eval_shape(mixer(mesh, way=way), case.x, case.spread, case.experts())
+    assert told == [(48, 12, kind)] * 2 + [(4 * 8, 12, kind)] * 2 + [(48, None, kind)] * 2
+
+
+def test_no_tokens_are_no_trouble():
+    case = Case(rows=2, tokens=0)
+    for way in ("reduce", "exchange"):
+        assert jax.jit(mixer(make((1, 4, 2)), way=way))(case.x, case.spread, case.experts()).shape == (2, 0, D)
+    assert jax.jit(mixer())(case.x, case.spread, case.experts()).shape == (2, 0, D)
 
 
 def test_without_a_name_the_rule_decides(monkeypatch: pytest.MonkeyPatch):

@@ -113,6 +113,11 @@ def test_logits_agree_with_the_oracle(model: GptOss, tokens: np.ndarray, expecte
     assert_same(np.asarray(logits), expected)
 
 
+def test_no_tokens_have_no_logits(model: GptOss):
+    logits = jax.jit(lambda tokens: model(tokens))(jnp.zeros((2, 0), jnp.int32))
+    assert (logits.shape, logits.dtype) == ((2, 0, CONFIG.vocab_size), jnp.float32)
+
+
 # ---- in pieces -------------------------------------------------------------------------------------------------------
 
 

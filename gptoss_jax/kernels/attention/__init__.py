@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.attention import backward
@@ -37,6 +38,8 @@ def full(
         impl: a name of `choose`, resolved.
         device_kind: whose block sizes are taken, where kernels/tuned has them.
     """
+    if not q.size:  # no kernel has a grid of nothing
+        return jnp.zeros_like(q)
     return _full(q, k, v, sinks, first_query, impl, device_kind)
 
 
@@ -56,6 +59,8 @@ def sliding(
     Args as for `full`, but the key at index i of row b stands at position first_query[b] - window + i: the `window`
     positions before the first query, then one key per query. What stands before position 0 is invisible.
     """
+    if not q.size:
+        return jnp.zeros_like(q)
     return _sliding(q, k, v, sinks, first_query, window, impl, device_kind)
 
 

@@ -78,10 +78,13 @@ def full(
     sinks: Float[Array, " N"],
     *,
     first_query: Int[Array, " B"],
-    blocks: Blocks | None = None,
+    blocks: Mapping[str, Blocks] | Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Query t of row b stands at position first_query[b] + t and sees the keys up to there. Softmax in float32."""
+    """As xla.full. Slots past the last query of their row may hold anything, NaN too.
+
+    `blocks` are those of each form, as DEFAULTS has them, or one for all.
+    """
     return _attention(q, k, v, sinks, first_query=first_query, window=None, blocks=blocks, interpret=interpret)
 
 
@@ -93,10 +96,10 @@ def sliding(
     *,
     first_query: Int[Array, " B"],
     window: int,
-    blocks: Blocks | None = None,
+    blocks: Mapping[str, Blocks] | Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Query t sees `window` keys, its own included. The keys: the `window` positions before the first query, then T."""
+    """As xla.sliding. Keys before position 0 may be anything, NaN too. `blocks` as for `full`."""
     return _attention(q, k, v, sinks, first_query=first_query, window=window, blocks=blocks, interpret=interpret)
 
 
@@ -115,6 +118,11 @@ class _Plan:
     @property
     def tiles(self) -> int:
         return pl.cdiv(self.tokens, self.queries)
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether a query may see all keys of a block."""
+        return self.window is None and self.block <= self.keys
 
     def place(self, first_query: Any) -> Any:
         """The index of query 0 among the keys."""
@@ -138,7 +146,7 @@ def _attention(
     *,
     first_query: Int[Array, " B"],
     window: int | None,
-    blocks: Blocks | None,
+    blocks: Mapping[str, Blocks] | Blocks | None,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
     rows, tokens, heads, head_dim = q.shape
@@ -148,7 +156,8 @@ def _attention(
     padded = pl.next_power_of_2(group) - group
     q = jnp.pad(q.reshape(rows, tokens, kv_heads, group, head_dim), [(0, 0)] * 3 + [(0, padded), (0, 0)])
     sinks = jnp.pad(sinks.astype(jnp.float32).reshape(kv_heads, group), [(0, 0), (0, padded)])
-    blocks = blocks or _blocks(q.dtype, tokens * (group + padded))
+    if not isinstance(blocks, Blocks):
+        blocks = _choose_blocks(blocks or DEFAULTS, q.dtype, most_rows=tokens * (group + padded))
     plan = _plan(blocks, rows * kv_heads, tokens, num_keys, window, group + padded)
     first_query = first_query.astype(jnp.int32)
     out = _run(plan, blocks, interpret, first_query, sinks, q, k, v)
@@ -166,11 +175,11 @@ def _check(head_dim: int, arrays: tuple[jax.Array, ...]) -> None:
         raise Unsupported(f"attention on GPUs needs q, k and v of one dtype; they are {found}: cast them to one")
 
 
-def _blocks(dtype: Any, most_rows: int) -> Blocks:
+def _choose_blocks(blocks: Mapping[str, Blocks], dtype: Any, *, most_rows: int) -> Blocks:
     """`most_rows`: of one tile that had all queries."""
     suffix = "_float32" if dtype == jnp.float32 else ""
-    decode = DEFAULTS["decode" + suffix]
-    return decode if most_rows <= decode.rows else DEFAULTS["prefill" + suffix]
+    decode = blocks["decode" + suffix]
+    return decode if most_rows <= decode.rows else blocks["prefill" + suffix]
 
 
 def _plan(blocks: Blocks, heads: int, tokens: int, num_keys: int, window: int | None, group: int) -> _Plan:
@@ -287,12 +296,12 @@ def _attend(
 
         # Blocks that the tile's first query sees whole need no comparing; with a window there are next to none.
         whole = 0
-        if plan.window is None:
+        if plan.has_whole_blocks:
             whole = _div(jnp.maximum(jnp.minimum(end, first_query + start + 1) - begin, 0), plan.block)
         blocks = _div_up(end - begin, plan.block)
         step = functools.partial(_step, plan, k_ref, v_ref, q, query, begin, end)
         carry = (mixed, top, total)
-        if plan.window is None:
+        if plan.has_whole_blocks:
             carry = lax.fori_loop(0, whole, functools.partial(step, compare=False), carry)
         mixed, top, total = lax.fori_loop(whole, blocks, functools.partial(step, compare=True), carry)
 

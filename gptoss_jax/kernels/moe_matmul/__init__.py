@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.errors import Unsupported
@@ -27,6 +28,7 @@ def moe_matmul(
     group_sizes: Int[Array, " E"],
     *,
     swiglu_limit: float | None = None,
+    expected_rows: int | None = None,
     impl: str = "xla",
     device_kind: str | None = None,
 ) -> Float[Array, "M O"]:
@@ -43,6 +45,7 @@ def moe_matmul(
         bias: [E, O], or with swiglu [E, F, 2], in either layout; added once to each row.
         group_sizes: rows of each expert; their sum may be less than M.
         swiglu_limit: where swiglu cuts gate and up; None is the product alone.
+        expected_rows: how many rows have an expert on average; None is all. It sizes tiles, and changes no result.
         impl: a name of `choose`, resolved. "xla" takes Columns too.
         device_kind: whose block sizes are taken, where kernels/tuned has them.
 
@@ -53,7 +56,9 @@ def moe_matmul(
         Unsupported: packed weights lie in another layout than the implementation reads.
     """
     _check_layout(weight, impl)
-    return _moe_matmul(x, weight, bias, group_sizes, swiglu_limit, impl, device_kind)
+    if not x.shape[0]:  # no kernel has a grid of nothing
+        return jnp.zeros((0, bias.shape[1]), jnp.float32 if swiglu_limit is None else x.dtype)
+    return _moe_matmul(x, weight, bias, group_sizes, swiglu_limit, expected_rows, impl, device_kind)
 
 
 def _check_layout(weight: Weight, impl: str) -> None:
@@ -68,18 +73,19 @@ def _check_layout(weight: Weight, impl: str) -> None:
 # jax.custom_vjp takes no keyword-only arguments.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _moe_matmul(
     x: Array,
     weight: Weight,
     bias: Array,
     group_sizes: Array,
     swiglu_limit: float | None,
+    expected_rows: int | None,
     impl: str,
     device_kind: str | None,
 ) -> Array:
     found = function("moe_matmul", "moe_matmul", impl, device_kind=device_kind)
-    return found(x, weight, bias, group_sizes, swiglu_limit=swiglu_limit)
+    return found(x, weight, bias, group_sizes, swiglu_limit=swiglu_limit, expected_rows=expected_rows)
 
 
 def _forward(*operands: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -87,12 +93,16 @@ def _forward(*operands: Any) -> tuple[Array, tuple[Any, ...]]:
 
 
 def _backward(
-    swiglu_limit: float | None, impl: str, device_kind: str | None, saved: tuple[Any, ...], d_out: Array
+    swiglu_limit: float | None,
+    expected_rows: int | None,
+    impl: str,
+    device_kind: str | None,
+    saved: tuple[Any, ...],
+    d_out: Array,
 ) -> tuple[Any, ...]:
     x, weight, bias, group_sizes = saved
-    plain = layout(impl)
-    gradients = backward.moe_matmul(x, weight, bias, group_sizes, d_out, swiglu_limit=swiglu_limit, plain=plain)
-    return (*gradients, None)
+    settings: dict[str, Any] = {"swiglu_limit": swiglu_limit, "expected_rows": expected_rows, "plain": layout(impl)}
+    return (*backward.moe_matmul(x, weight, bias, group_sizes, d_out, **settings), None)
 
 
 _moe_matmul.defvjp(_forward, _backward)

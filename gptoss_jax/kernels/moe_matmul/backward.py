@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.choose import Layout
-from gptoss_jax.kernels.moe_matmul.xla import Tile, Weight, expert_output, for_each_tile, one_expert, unpack
+from gptoss_jax.kernels.moe_matmul.xla import Tile, Weight, expert_output, for_each_tile, one_expert, tile_rows, unpack
 
 # Of x, of a plain weight, of the bias.
 Gradients = tuple[Float[Array, "M I"], Float[Array, "..."] | None, Float[Array, "E *outputs"]]
@@ -22,6 +22,7 @@ def moe_matmul(
     d_out: Float[Array, "M O"],
     *,
     swiglu_limit: float | None,
+    expected_rows: int | None,
     plain: Layout,
 ) -> Gradients:
     """The gradients of x, weight and bias, in their dtypes; packed codes are no numbers and have none (None).
@@ -48,5 +49,6 @@ def moe_matmul(
             d_weight = d_weight.at[tile.expert].add(d_matrix.astype(jnp.float32))
         return tile.put(d_x, d_rows), d_weight, d_bias.at[tile.expert].add(d_expert_bias)
 
-    d_x, d_weight, d_bias = for_each_tile(one_tile, zeros, group_sizes, num_rows=x.shape[0])
+    size = tile_rows(x.shape[0], group_sizes.shape[0], expected_rows=expected_rows)
+    d_x, d_weight, d_bias = for_each_tile(one_tile, zeros, group_sizes, num_rows=x.shape[0], size=size)
     return d_x, None if d_weight is None else d_weight.astype(plain_dtype), d_bias.astype(bias.dtype)

@@ -72,6 +72,7 @@ def moe_matmul(
     group_sizes: Int[Array, " E"],
     *,
     swiglu_limit: float | None = None,
+    expected_rows: int | None = None,
     blocks: Mapping[str, Blocks] = DEFAULTS,
     interpret: bool = False,
 ) -> Float[Array, "M O"]:
@@ -82,7 +83,8 @@ def moe_matmul(
     num_experts = group_sizes.shape[0]
     outputs = bias.size // num_experts
     operands = (x, weight, bias.reshape(num_experts, outputs), group_sizes.astype(jnp.int32))
-    chosen = _choose_blocks(blocks, num_rows=x.shape[0], num_experts=num_experts, dtype=x.dtype)
+    num_rows = x.shape[0] if expected_rows is None else expected_rows
+    chosen = _choose_blocks(blocks, num_rows=num_rows, num_experts=num_experts, dtype=x.dtype)
     call = functools.partial(_call, blocks=chosen, swiglu_limit=swiglu_limit)
     if interpret:
         return call(*operands, ptx=False, interpret=True)

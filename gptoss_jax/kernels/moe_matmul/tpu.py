@@ -48,6 +48,7 @@ def moe_matmul(
     group_sizes: Int[Array, " E"],
     *,
     swiglu_limit: float | None = None,
+    expected_rows: int | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M O"]:
@@ -57,6 +58,7 @@ def moe_matmul(
     takes for zero. 0 counts as 1, which is wrong by 6 * 2^-127 at most. Past 252, where codes overflow, and at 255,
     which is NaN, every output that the block enters is NaN.
     """
+    del expected_rows  # a step waits for an expert's weights, however few of the tile's rows they multiply
     blocks = blocks or Blocks()
     num_rows, num_inputs = x.shape
     num_outputs = bias.shape[1]

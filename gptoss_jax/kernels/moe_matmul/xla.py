@@ -39,6 +39,7 @@ def moe_matmul(
     group_sizes: Int[Array, " E"],
     *,
     swiglu_limit: float | None = None,
+    expected_rows: int | None = None,
     plain: Layout = "rows",
 ) -> Float[Array, "M O"]:
     """As the door says; weights may be packed in any layout, which makes this the slow twin of every implementation.
@@ -51,7 +52,8 @@ def moe_matmul(
         return tile.put(out, expert_output(tile.of(x), planes, bias[tile.expert], limit=swiglu_limit))
 
     out = jnp.zeros((x.shape[0], bias.shape[1]), jnp.float32 if swiglu_limit is None else x.dtype)
-    return for_each_tile(one_tile, out, group_sizes, num_rows=x.shape[0])
+    size = tile_rows(x.shape[0], group_sizes.shape[0], expected_rows=expected_rows)
+    return for_each_tile(one_tile, out, group_sizes, num_rows=x.shape[0], size=size)
 
 
 def expert_output(
@@ -113,10 +115,9 @@ class Tile:
 
 
 def for_each_tile(
-    body: Callable[[Tile, Carry], Carry], carry: Carry, group_sizes: Int[Array, " E"], *, num_rows: int
+    body: Callable[[Tile, Carry], Carry], carry: Carry, group_sizes: Int[Array, " E"], *, num_rows: int, size: int
 ) -> Carry:
-    """carry = body(tile, carry) for every tile of every expert that has rows."""
-    size = _tile_rows(num_rows, group_sizes.shape[0])
+    """carry = body(tile, carry) for every tile, of `size` rows, of every expert that has rows."""
     row_ends = jnp.cumsum(group_sizes)
     tile_ends = jnp.cumsum(-(-group_sizes // size))
 
@@ -132,7 +133,7 @@ def for_each_tile(
     return lax.fori_loop(0, tile_ends[-1], step, carry)
 
 
-def _tile_rows(num_rows: int, num_experts: int) -> int:
+def tile_rows(num_rows: int, num_experts: int, *, expected_rows: int | None) -> int:
     """The power of two next above the mean group, so that a mean group is one tile and one unpacking."""
-    mean = -(-num_rows // num_experts)
+    mean = -(-(num_rows if expected_rows is None else expected_rows) // num_experts)
     return min(1 << (mean - 1).bit_length() if mean > 1 else 1, _MOST_ROWS, num_rows)
