@@ -58,8 +58,8 @@ def choose_mesh(
         assert bytes_per_device is not None  # else all of them fit
         least = min(candidates, key=lambda shape: held[shape].total)
         return least, (
-            f"no mesh of {len(candidates)} keeps weights and cache within {_gb(bytes_per_device)} on a device; "
-            f"this one holds least, {_gb(held[least].total)}"
+            f"no mesh of {len(candidates)} keeps weights and cache within {_size(bytes_per_device)} on a device; "
+            f"this one holds least, {_size(held[least].total)}"
         )
     # Past the key/value heads tensor repeats their cache, and shards become too thin for a matrix unit.
     moderate = [shape for shape in fitting if shape.tensor <= config.num_kv_heads] or fitting
@@ -98,12 +98,12 @@ def _why(
     step = "a decoded token" if batch == 1 else f"a decode step of {batch} rows"
     left_out = f", {num_left_out} more would not fit" if num_left_out else ""
     if not others:
-        return f"the only mesh; {step} reads {_gb(read[best])} on a device{left_out}"
+        return f"the only mesh; {step} reads {_size(read[best])} on a device{left_out}"
     return (
-        f"of {len(others) + 1} meshes its busiest device reads least in {step}, {_gb(read[best])}, and holds "
-        f"{_gb(held[best].total)} of weights and cache; next is {others[0]} with {_gb(read[others[0]])}{left_out}"
+        f"of {len(others) + 1} meshes its busiest device reads least in {step}, {_size(read[best])}, and holds "
+        f"{_size(held[best].total)} of weights and cache; next is {others[0]} with {_size(read[others[0]])}{left_out}"
     )
 
 
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2f} MB"

@@ -83,7 +83,9 @@ def prefill_and_decode(model: GptOss, tokens: np.ndarray) -> np.ndarray:
     cache = model.empty_cache(rows=ROWS, capacity=30)
     prefilled, cache = extend(*split, jnp.asarray(tokens[:, :PROMPT]), cache)
     decoded, _ = extend(*split, jnp.asarray(tokens[:, PROMPT:]), cache)
-    return np.concatenate([prefilled, decoded], axis=1)
+    logits = np.concatenate([prefilled, decoded], axis=1)
+    assert (logits[..., CONFIG.vocab_size :] == -np.inf).all()  # ids that pad the vocabulary are never drawn
+    return logits[..., : CONFIG.vocab_size]
 
 
 @pytest.fixture(scope="module")
