@@ -19,7 +19,8 @@ from gptoss_jax.engine.generate import step
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.footprint import footprint, reads
-from gptoss_jax.model.transformer import Experts, GptOss
+from gptoss_jax.model.formats import in_memory
+from gptoss_jax.model.transformer import Experts, GptOss, parameters
 from gptoss_jax.sharding import AnyMesh, MeshShape
 
 _MOST_STEPS = 64  # in a row, for which the cache has room
@@ -50,9 +51,18 @@ class Step:
 def random_model(
     config: ModelConfig, *, dtype: DTypeLike, experts: Experts, mesh: AnyMesh | None, impl: str | None
 ) -> GptOss:
-    """A model on its devices. The generator is the hardware's own: the usual one needs memory four times the codes'."""
+    """A model on its devices, in the layout that `load` gives it.
+
+    The generator is the hardware's own: the usual one needs memory four times the codes'.
+    """
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
-    return GptOss(config, dtype=dtype, experts=experts, mesh=mesh, impl=impl, rngs=rngs)
+    model = GptOss(config, dtype=dtype, experts=experts, mesh=mesh, impl=impl, rngs=rngs)
+    for path, value in parameters(model).items():
+        array = value[...]
+        kept = in_memory(path, rank=array.ndim, sharding=array.sharding, impl=model.impl.moe_matmul)
+        if kept is not array.sharding:
+            value[...] = jax.device_put(array, kept)
+    return model
 
 
 def decode(model: GptOss, *, rows: int, context: int, budget: float) -> Step:

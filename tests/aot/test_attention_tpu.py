@@ -42,7 +42,7 @@ class Shape:
         """The program of one of the topology's devices, over which heads are sharded."""
         devices = topology_devices(topology)
         mesh = Mesh(np.array(devices), ("tensor",))
-        sizes = tuned.find("attention", "tpu", device_kind=devices[0].device_kind, form="")
+        sizes = tuned.find("attention", "tpu", device_kind=devices[0].device_kind)
         blocks = None if sizes is None else tpu.Blocks(**sizes)
         slots = keys if self.window is None else self.window + self.queries
         heads, split, everywhere = P(None, None, "tensor", None), P("tensor"), P()

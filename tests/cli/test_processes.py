@@ -9,6 +9,7 @@ import pytest
 from tests.hosts.processes import COMMAND, collect, run_all, side_by_side, started
 
 SETTINGS = ("--tokens", "5,6,7,8,9,10,11", "--max-new-tokens", 10, "--seed", 4, "--dtype", "float32", "--json")
+NOTICED = (2, 3)  # by itself; or, of a process that was slow to start, by the word of one that had already ended
 MESH = "data=1,expert=4,tensor=2"
 
 
@@ -68,7 +69,7 @@ def test_different_settings_are_noticed(folder: Path):
 def test_processes_with_different_numbers_of_devices(folder: Path):
     words = ("convert", "release", "uneven", "--mesh")
     for process in run_all(side_by_side((*words, "expert=2"), (*words, "expert=4")), cwd=folder):
-        assert process.code == 2
+        assert process.code in NOTICED
         assert "process 0 has 1 devices, process 1 has 2; expected as many everywhere" in process.stderr
     assert not (folder / "uneven.unfinished").exists()
 
@@ -90,5 +91,5 @@ def test_a_process_that_is_killed_while_they_generate(folder: Path):
 def test_a_mesh_that_leaves_a_process_without_a_part(folder: Path):
     words = ("generate", "checkpoint", *SETTINGS, "--host-devices", 1, "--mesh", "expert=1")
     for process in run_all(side_by_side(words, words), cwd=folder):
-        assert process.code == 2
+        assert process.code in NOTICED
         assert "the mesh has 1 devices, the 2 processes have 2; all of them have to take part" in process.stderr

@@ -61,7 +61,7 @@ def crowded(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
     values = dict(values)
     for path in values:
         if path.endswith("router.bias"):
-            values[path] = values[path].at[jnp.array([5, 6])].set(100.0)
+            values[path] = values[path].at[jnp.array([5, 6])].set(20.0)  # others stay under 5; past 64 steps are 1e-5
     return values
 
 
