@@ -36,7 +36,16 @@ SAME = 1e-5  # of the logits' spread: sums of float32 shards in another order
 
 QUICK = [MeshShape(1, 4, 2), MeshShape(2, 2, 2), MeshShape(1, 3, 2)]
 EVERY = [MeshShape(d, e, n // d // e) for n in (1, 2, 3, 4, 6, 8) for d in divisors(n) for e in divisors(n // d)]
-MESHES = QUICK + [pytest.param(shape, marks=pytest.mark.slow) for shape in EVERY if shape not in QUICK]
+DEEP = [MeshShape(4, 2, 1), MeshShape(1, 8, 1), MeshShape(1, 1, 6), MeshShape(8, 1, 1)]
+
+
+def on_meshes(*, quick: list[MeshShape], slow: list[MeshShape]) -> pytest.MarkDecorator:
+    shapes = quick + [pytest.param(shape, marks=pytest.mark.slow) for shape in slow if shape not in quick]
+    return pytest.mark.parametrize("shape", shapes, indirect=True, ids=str, scope="module")
+
+
+every_mesh = on_meshes(quick=QUICK, slow=EVERY)
+some_meshes = on_meshes(quick=QUICK, slow=DEEP)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +123,7 @@ def on_mesh(
     return with_parameters(model, placed)
 
 
-@pytest.fixture(scope="module", params=MESHES, ids=str)
+@pytest.fixture(scope="module")
 def shape(request: pytest.FixtureRequest) -> MeshShape:
     return request.param
 
@@ -128,14 +137,17 @@ def assert_same(ours: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(ours - expected).max() / expected.std() < SAME
 
 
+@every_mesh
 def test_logits_are_those_of_one_device(sharded: GptOss, tokens: np.ndarray, expected: np.ndarray):
     assert_same(prefill_and_decode(sharded, tokens), expected)
 
 
+@every_mesh
 def test_crowded_experts_drop_no_token(shape: MeshShape, crowded, tokens, expected_crowded):
     assert_same(prefill_and_decode(on_mesh(crowded, shape), tokens), expected_crowded)
 
 
+@some_meshes
 def test_tokens_may_be_exchanged(shape: MeshShape, values, crowded, tokens, expected, expected_crowded):
     """Visits to all experts, and all 88 of the prompt to two of them."""
     assert_same(prefill_and_decode(on_mesh(values, shape, dispatch="exchange"), tokens), expected)
@@ -215,6 +227,7 @@ def share(size: int, parts: int) -> int:
     return -(-size // parts)
 
 
+@some_meshes
 def test_every_device_holds_its_share_of_the_experts(sharded: GptOss, shape: MeshShape):
     """Whole experts and whole blocks of them: 7 blocks on 2 devices are 4 and 3 with one of padding."""
     blocks = parameters(sharded)["layers.1.moe.gate_up.blocks"][...]
@@ -224,6 +237,7 @@ def test_every_device_holds_its_share_of_the_experts(sharded: GptOss, shape: Mes
     assert {shard.data.shape for shard in scales.addressable_shards} == {(experts, 160, width_blocks)}
 
 
+@some_meshes
 @pytest.mark.parametrize("num_tokens", [PROMPT, 1], ids=["prefill", "decode"])
 def test_devices_exchange_nothing_but_sums_of_activations(sharded: GptOss, shape: MeshShape, num_tokens: int):
     """One sum for the embedding, whose rows lie apart, and two for each layer: of heads, and of experts and width."""
@@ -235,6 +249,7 @@ def test_devices_exchange_nothing_but_sums_of_activations(sharded: GptOss, shape
     assert found == [("all-reduce", "f32", rows_of(shape) * num_tokens * CONFIG.width)] * sums
 
 
+@some_meshes
 def test_caches_lie_with_their_rows_and_heads(sharded: GptOss, shape: MeshShape):
     cache = sharded.empty_cache(rows=ROWS, capacity=30)
     _, grown = extend(*nnx.split(sharded), jnp.zeros((ROWS, 1), jnp.int32), cache)
