@@ -1,6 +1,7 @@
 """What every test stands on: eight simulated CPU devices, shapes checked at each call, checkpoints written once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # A callback of more than 128 KiB on each of 8 devices waits for ever when XLA's thread pool, sized by NPROC or else by
@@ -22,6 +23,14 @@ jaxtyping.install_import_hook("gptoss_jax", "beartype.beartype(conf=beartype.Bea
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Frees what a module compiled. A program holds pieces of mapped memory, of which Linux lets a process have 65,530:
+    past that XLA's next compilation ends it by a segmentation fault."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
