@@ -24,7 +24,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gptoss_jax.convert.boxes import Region, aligned_empty, fill, opened, reported
+from gptoss_jax.convert.boxes import Region, aligned_empty
+from gptoss_jax.convert.disk import opened, reported
 from gptoss_jax.convert.json_file import parse_object
 from gptoss_jax.errors import Unsupported, UserError
 
@@ -138,10 +139,10 @@ class TensorFolder:
     def bytes_of(self, name: str, *, chunk: int = _CHUNK) -> Iterator[bytes]:
         """The tensor's bytes as the file holds them, in pieces of at most `chunk`."""
         info = self._info(name)
-        with opened(info.file) as descriptor:
+        with opened(info.file) as file:
             for start in range(0, info.nbytes, chunk):
                 piece = np.empty(min(chunk, info.nbytes - start), np.uint8)
-                fill(descriptor, piece, offset=info.offset + start, file=info.file)
+                file.fill(piece, offset=info.offset + start)
                 yield piece.tobytes()
 
     def sha256(self, name: str, *, chunk: int = _CHUNK) -> str:
@@ -149,10 +150,10 @@ class TensorFolder:
         info, digest = self._info(name), hashlib.sha256()
         # One buffer for all pieces: a fresh one for each costs a quarter more.
         buffer = np.empty(min(chunk, info.nbytes), np.uint8)
-        with opened(info.file) as descriptor:
+        with opened(info.file) as file:
             for start in range(0, info.nbytes, chunk):
                 piece = buffer[: info.nbytes - start]
-                fill(descriptor, piece, offset=info.offset + start, file=info.file)
+                file.fill(piece, offset=info.offset + start)
                 digest.update(piece)
         return digest.hexdigest()
 
@@ -231,12 +232,12 @@ def _indexed_tensors(folder: Path, names: frozenset[str]) -> dict[str, TensorInf
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
+    with opened(path) as file:
+        size = file.size
         if size > _LARGEST_JSON:
             raise UserError(f"{path}: has {size:,} bytes; expected an index of at most {_LARGEST_JSON:,}")
         text = np.empty(size, np.uint8)
-        fill(descriptor, text, offset=0, file=path)
+        file.fill(text, offset=0)
     index = parse_object(text.tobytes(), name=str(path))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -280,12 +281,12 @@ def _headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
 
 def _read_header(file: Path) -> list[TensorInfo]:
     """The tensors of one file in the order of their bytes, which cover its data without hole or overlap."""
-    with opened(file) as descriptor:
-        size = os.fstat(descriptor).st_size
+    with opened(file) as source:
+        size = source.size
         if size < 8:
             raise UserError(f"{file}: has {size} bytes; a safetensors file has at least 8: copy or download it again")
         head = np.empty(8, np.uint8)
-        fill(descriptor, head, offset=0, file=file)
+        source.fill(head, offset=0)
         (length,) = struct.unpack("<Q", head.tobytes())
         if length > _LARGEST_JSON:
             raise UserError(
@@ -297,7 +298,7 @@ def _read_header(file: Path) -> list[TensorInfo]:
                 f"{file}: says its header has {length:,} bytes, the file has {size:,}; copy or download it again"
             )
         header = np.empty(length, np.uint8)
-        fill(descriptor, header, offset=8, file=file)
+        source.fill(header, offset=8)
     entries = parse_object(header.tobytes(), name=str(file))
     _check_metadata(file, entries.pop("__metadata__", None))
     infos = [_tensor_info(file, name, entry, data=8 + length) for name, entry in entries.items()]

@@ -19,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gptoss_jax.convert.boxes import Box, Region, aligned_empty, fill, opened
+from gptoss_jax.convert.boxes import Box, Region, aligned_empty
+from gptoss_jax.convert.disk import opened
 from gptoss_jax.errors import UserError
 
 _THREADS = 4  # at once in the kernel's copying; more than the cores of a small machine, for disks that answer late
@@ -103,8 +104,8 @@ def _holds_one_chunk(codecs: list[dict[str, Any]], chunk: list[int]) -> bool:
 def _check_index(region: Region) -> None:
     nbytes = math.prod(region.shape) * region.dtype.itemsize
     index = np.empty(_INDEX.size, np.uint8)
-    with opened(region.file) as descriptor:
-        fill(descriptor, index, offset=nbytes, file=region.file)
+    with opened(region.file) as file:
+        file.fill(index, offset=nbytes)
     offset, found = _INDEX.unpack(index.tobytes())
     if (offset, found) != (0, nbytes):
         raise UserError(

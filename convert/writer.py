@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-from gptoss_jax.convert.boxes import ALIGNMENT, reported
+from gptoss_jax.convert.boxes import ALIGNMENT
+from gptoss_jax.convert.disk import reported
 from gptoss_jax.convert.files import CODES, INDEX_NAME, SINGLE_NAME, spell
 from gptoss_jax.errors import UserError
 

@@ -5,28 +5,18 @@
 #include <cstring>
 #include <type_traits>
 
+#include "amx.h"
 #include "attention.h"
 #include "target.h"
 
-#if defined(__x86_64__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
+#if defined(GPTOSS_HAS_AMX)
 #include <immintrin.h>
 
-GPTOSS_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2")
+GPTOSS_TARGET_BEGIN(GPTOSS_AMX_FEATURES)
 #include "attention_avx512_bf16.h"
 
 namespace gptoss {
 namespace {
-
-// As LDTILECFG reads it.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-constexpr TileConfig kTileConfig;
 
 // Sums in tiles 0 to 3, two sides of keys (or dims) times two tiles of queries; keys in 4 and 5, queries in 6 and 7.
 struct AmxAttention : Bfloat16Pairs {
@@ -37,7 +27,7 @@ struct AmxAttention : Bfloat16Pairs {
   static constexpr int kTogether = 2;
   static constexpr bool kArranges = true;
 
-  static void begin() { _tile_loadconfig(&kTileConfig); }
+  static void begin() { _tile_loadconfig(&kWholeTiles); }
   static void end() { _tile_release(); }
 
   // [dims / 16][16][32 keys]

@@ -15,7 +15,9 @@
 namespace gptoss {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes that are asked for before their turn, past where the hardware looks
+// Bytes that are asked for before their turn, past where the hardware looks: into the second cache first, since a core
+// can wait for more of what goes there.
+constexpr int64_t kAhead = 2048, kFarAhead = 12288;
 
 GPTOSS_INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
@@ -66,7 +68,9 @@ GPTOSS_INLINE uint32_t last_scales(const uint8_t* scales, int64_t count) {
 }
 
 GPTOSS_INLINE void fetch(const uint8_t* now) {
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(now) + kAhead), _MM_HINT_T0);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(now);
+  _mm_prefetch(reinterpret_cast<const char*>(at + kAhead), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(at + kFarAhead), _MM_HINT_T1);
 }
 
 GPTOSS_INLINE bool has_nan_scale(const uint8_t* scales, int64_t count) {
@@ -126,13 +130,9 @@ struct Float32Dot<Packing::kMxfp4> : Float32Sums {
     return decode(_mm512_maskz_loadu_epi8(first_bytes(inputs / 2), row.values + step * 64), scales);
   }
   static GPTOSS_INLINE Sum add(Sum sum, const Weights& weights, const float* x) {
-    __m512 low = _mm512_mul_ps(weights.planes[0], _mm512_loadu_ps(x));
-    __m512 high = _mm512_mul_ps(weights.planes[1], _mm512_loadu_ps(x + 16));
-    for (int j = 2; j < 8; j += 2) {
-      low = _mm512_fmadd_ps(weights.planes[j], _mm512_loadu_ps(x + 16 * j), low);
-      high = _mm512_fmadd_ps(weights.planes[j + 1], _mm512_loadu_ps(x + 16 * (j + 1)), high);
-    }
-    return _mm512_fmadd_ps(weights.scale, _mm512_add_ps(low, high), sum);
+    __m512 product = _mm512_mul_ps(weights.planes[0], _mm512_loadu_ps(x));
+    for (int j = 1; j < 8; ++j) product = _mm512_fmadd_ps(weights.planes[j], _mm512_loadu_ps(x + 16 * j), product);
+    return _mm512_fmadd_ps(weights.scale, product, sum);
   }
 };
 

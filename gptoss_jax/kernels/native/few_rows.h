@@ -27,7 +27,7 @@ struct FewRows {
   using Row = typename Dot::Row;
 
   static constexpr int64_t kTileRows = 8;  // one tile's sums stay in registers
-  static constexpr int64_t kChunkOutputs = 32;
+  static constexpr int64_t kChunkOutputs = 64;  // long enough that the hardware sees what comes next
 
   static int64_t steps(const Group& group) { return (group.matrix.inputs + Dot::kInputs - 1) / Dot::kInputs; }
   static int64_t packed_row(const Group& group) { return steps(group) * Dot::kInputs; }

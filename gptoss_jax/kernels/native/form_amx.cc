@@ -3,28 +3,18 @@
 #include <cstdint>
 #include <cstring>
 
+#include "amx.h"
 #include "form.h"
 #include "target.h"
 
-#if defined(__x86_64__) && (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
+#if defined(GPTOSS_HAS_AMX)
 #include <immintrin.h>
 
-GPTOSS_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,avx2")
+GPTOSS_TARGET_BEGIN(GPTOSS_AMX_FEATURES)
 #include "avx512_bf16.h"
 
 namespace gptoss {
 namespace {
-
-// As LDTILECFG reads it.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-constexpr TileConfig kTileConfig;
 
 // Two tiles of outputs times N tiles of rows: sums in tiles 0 to 3, weights in 4 and 5, rows of x in 6 and 7.
 struct AmxCore : Bfloat16Blocks {
@@ -34,7 +24,7 @@ struct AmxCore : Bfloat16Blocks {
   static constexpr int kTilesTogether = 2;
   static constexpr int64_t kOutputs = 2 * kSide, kTileBlock = kBlock * kLanes;
 
-  static void begin() { _tile_loadconfig(&kTileConfig); }
+  static void begin() { _tile_loadconfig(&kWholeTiles); }
   static void end() { _tile_release(); }
 
   template <int N>
@@ -89,6 +79,12 @@ struct AmxCore : Bfloat16Blocks {
 
 constexpr Way kAmxMany = ManyRows<AmxCore>::way();
 
+// Where there are tiles vdpbf16ps takes as long as four multiplications of float32: a table of float32 is quicker, and
+// exact.
+const Way* few(Type x_type, Packing packing) {
+  return packing == Packing::kMxfp4 ? few_in_float32<Float32Dot>(x_type, packing) : bfloat16_few(x_type, packing);
+}
+
 const Way* many(Type x_type, Packing packing) {
   return in_bfloat16(x_type, packing) ? &kAmxMany : many_in_float32<Float32Core>(x_type, packing);
 }
@@ -98,7 +94,7 @@ int64_t many_from(Type x_type, Packing packing) {
   return packing == Packing::kBfloat16 ? 8 : 4;
 }
 
-constexpr Form kForm = {"amx_bf16", bfloat16_few, many, many_from};
+constexpr Form kForm = {"amx_bf16", few, many, many_from};
 
 }  // namespace
 
