@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import gptoss_jax
 from benchmarks import contest
 from gptoss_jax.engine.request import SamplingParams
-from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.model.transformer import Graph, split
 
 _GREEDY = SamplingParams(temperature=0)
 
@@ -31,13 +30,13 @@ class Ours:
         return gptoss_jax.generate(self._model, prompt, max_new_tokens=tokens, sampling=_GREEDY, stop_ids=())
 
     def scores(self, text: Sequence[int]) -> np.ndarray:
-        graph, parameters = nnx.split(self._model)
+        graph, parameters = split(self._model)
         return np.asarray(_scores(graph, parameters, jnp.asarray([text], jnp.int32)))
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _scores(graph: nnx.GraphDef[GptOss], parameters: nnx.State, tokens: jax.Array) -> jax.Array:
-    model = nnx.merge(graph, parameters)
+def _scores(graph: Graph, parameters: list[jax.Array], tokens: jax.Array) -> jax.Array:
+    model = graph.merge(parameters)
     rows, num_tokens = tokens.shape
     cache = model.empty_cache(rows=rows, capacity=num_tokens)
     hidden, _ = model.extend(tokens, cache, count=jnp.full(rows, num_tokens, jnp.int32))

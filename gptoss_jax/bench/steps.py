@@ -23,7 +23,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.footprint import footprint, reads
 from gptoss_jax.model.formats import in_memory
 from gptoss_jax.model.layers import Dense
-from gptoss_jax.model.transformer import Experts, GptOss, parameters
+from gptoss_jax.model.transformer import Experts, GptOss, parameters, split
 from gptoss_jax.sharding import AnyMesh, MeshShape
 
 _MOST_STEPS = 64  # in a row, for which the cache has room
@@ -91,7 +91,7 @@ def prefill(model: GptOss, *, tokens: int, budget: float) -> Step:
 
 def _measure(model: GptOss, cache: Cache, *, rows: int, tokens: int, context: int, budget: float) -> Step:
     """Cached tokens are forgotten after each step: all steps are alike, and the cache never overflows."""
-    graph, parameters = nnx.split(model)
+    graph, parameters = split(model)
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(_MOST_STEPS, rows, tokens), dtype=np.int32)
     feeds = itertools.cycle([jnp.asarray(each) for each in ids])
     count, length = jnp.full(rows, tokens, jnp.int32), jnp.full(rows, context, jnp.int32)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
@@ -15,7 +14,7 @@ from gptoss_jax.engine.request import STOP_IDS, Constraint, Request, SamplingPar
 from gptoss_jax.engine.sampling import RowSettings, sample_rows
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.cache import Cache
-from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.model.transformer import GptOss, Graph, split
 
 _CHUNK = 512  # tokens of a prompt in one step at most; shorter prompts are padded to a power of two
 _PLAIN = SamplingParams()  # the model's own probabilities
@@ -54,7 +53,7 @@ def generate(
 
 
 def _generate(model: GptOss, request: Request) -> Iterator[int]:
-    graph, parameters = nnx.split(model)
+    graph, parameters = split(model)
     capacity = -(-(len(request.prompt) + request.max_new_tokens) // _CACHE_STEP) * _CACHE_STEP
     cache = model.empty_cache(rows=1, capacity=capacity)
     settings = RowSettings.of([request.sampling])
@@ -80,8 +79,8 @@ def _generate(model: GptOss, request: Request) -> Iterator[int]:
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def step(
-    graph: nnx.GraphDef[GptOss],
-    parameters: nnx.State,
+    graph: Graph,
+    parameters: list[Array],
     tokens: Int[Array, "B T"],
     count: Int[Array, " B"],
     cache: Cache,
@@ -92,7 +91,7 @@ def step(
     allowed: UInt32[Array, "B words"] | None = None,
 ) -> tuple[Int[Array, " B"], Cache]:
     """Feeds `count` of the tokens of each row, samples the id that follows the last of them, consumes the cache."""
-    model = nnx.merge(graph, parameters)
+    model = graph.merge(parameters)
     hidden, cache = model.extend(tokens, cache, count=count)
     last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
     ids = sample_rows(model.logits(last), settings, index=index, counts=counts, allowed=allowed).ids

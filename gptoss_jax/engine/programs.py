@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
@@ -27,7 +26,7 @@ from gptoss_jax.engine.sampling import RowSettings, Sampled, sample_rows
 from gptoss_jax.engine.staging import PartWords, StepLayout, table_width
 from gptoss_jax.model.implementations import platform_of
 from gptoss_jax.model.paged import PagedCache, Part
-from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.model.transformer import GptOss, Graph, split
 from gptoss_jax.sharding import AnyMesh, partition
 
 Results: TypeAlias = Int32[Array, "R fields"]  # of each place: id, logprob, ids and logprobs of the best
@@ -79,12 +78,10 @@ class Programs:
     """
 
     def __init__(self, model: GptOss, limits: Limits, *, kv_dtype: DTypeLike):
-        graph, parameters = nnx.split(model)
-        # As a list: taking the tree apart at each call would cost more than all else that the host does in a step.
-        self._parameters, tree = jax.tree.flatten(parameters)
+        graph, self._parameters = split(model)
         self._limits, self._mesh = limits, model.mesh
         self._num_scores = model.num_scores
-        self._step = functools.partial(_step, graph=graph, tree=tree)
+        self._step = functools.partial(_step, graph=graph)
         self._steps: dict[Program, jax.stages.Compiled] = {}
         self._nothing_forbidden: dict[Program, Array] = {}
         self._compile_state(functools.partial(_empty_state, model, limits, kv_dtype=kv_dtype))
@@ -237,11 +234,10 @@ def _step(
     words: Int[Array, " words"],
     allowed: UInt32[Array, "R masks"],
     *,
-    graph: nnx.GraphDef[GptOss],
-    tree: Any,
+    graph: Graph,
     layout: StepLayout,
 ) -> tuple[Results, State]:
-    model = nnx.merge(graph, jax.tree.unflatten(tree, parameters))
+    model = graph.merge(parameters)
     fields = layout.fields(words)
     hidden, cache = model.extend_paged([_part(part) for part in fields], state.cache)
     places = _places(layout.program, fields, hidden)

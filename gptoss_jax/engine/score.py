@@ -26,7 +26,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
@@ -35,7 +34,7 @@ from gptoss_jax.engine.logprobs import best_ids, logprobs_of
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.implementations import platform_of
-from gptoss_jax.model.transformer import GptOss
+from gptoss_jax.model.transformer import GptOss, Graph, split
 from gptoss_jax.sharding import AnyMesh, constrain
 
 BATCH_TOKENS = 2048
@@ -245,7 +244,7 @@ class _Scorer:
         if batch_tokens < 1:
             raise UserError(f"batch_tokens is {batch_tokens}; expected at least 1")
         self._model = model
-        self._graph, self._parameters = nnx.split(model)
+        self._graph, self._parameters = split(model)
         self._data_shards = 1 if model.mesh is None else model.mesh.shape["data"]
         self._shared_tokens = batch_tokens if rows_are_apart(model) or not batch_exact else 0
 
@@ -324,15 +323,15 @@ def _filled(values: Sequence[int], size: int) -> list[int]:
 
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _step(
-    graph: nnx.GraphDef[GptOss],
-    parameters: nnx.State,
+    graph: Graph,
+    parameters: list[Array],
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     count: Int[Array, " B"],
     cache: Cache,
 ) -> tuple[tuple[Float[Array, "B T"], Bool[Array, "B T"]], Cache]:
     """Feeds `count` tokens of each row; of each target, if there is one, its logprob and whether it is the best id."""
-    model = nnx.merge(graph, parameters)
+    model = graph.merge(parameters)
     hidden, cache = model.extend(tokens, cache, count=count)
     rows, width = tokens.shape
     few = min(width, _floor_power_of_two(_LOGITS_AT_ONCE // rows))

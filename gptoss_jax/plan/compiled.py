@@ -29,7 +29,7 @@ from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import Way
 from gptoss_jax.model.formats import in_memory
 from gptoss_jax.model.layers import Dense, Memory
-from gptoss_jax.model.transformer import Experts, GptOss, abstract_model
+from gptoss_jax.model.transformer import Experts, GptOss, abstract_model, split
 from gptoss_jax.sharding import MESH_AXES, MeshShape, partition, row_axis
 
 _ITEMSIZES = {
@@ -141,12 +141,13 @@ def lower_step(model: GptOss, *, rows: int, context: int, tokens: int) -> jax.st
         memory = in_memory(path, rank=len(value.shape), sharding=sharding, **settings)
         return value.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=memory))
 
-    graph, state = nnx.split(model)
+    graph, _ = split(model)
+    state = nnx.state(model)
     weights = [(path, weight(".".join(map(str, path)), value)) for path, value in nnx.to_flat_state(state)]
     greedy = RowSettings.of([SamplingParams(temperature=0)] * rows)  # in form any other
     return step.lower(
         graph,
-        nnx.from_flat_state(weights),
+        jax.tree.leaves(nnx.from_flat_state(weights)),
         array((rows, tokens), jnp.int32, by_row),
         array((rows,), jnp.int32, by_row),
         _cache(model, rows=rows, context=context),

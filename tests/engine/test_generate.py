@@ -16,7 +16,7 @@ from gptoss_jax.engine.request import SamplingParams
 from gptoss_jax.engine.sampling import RowSettings
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import alternating_layers
-from gptoss_jax.model.transformer import GptOss, parameters
+from gptoss_jax.model.transformer import GptOss, parameters, split
 from tests.engine.twin import judge, words
 from tests.tiny import TINY
 
@@ -180,7 +180,7 @@ def test_the_cache_is_given_away(model: GptOss):
     cache = model.empty_cache(rows=1, capacity=256)
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)]
     arguments = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), cache, RowSettings.of([GREEDY]), jnp.zeros(1, int)
-    _, grown = step(*nnx.split(model), *arguments)
+    _, grown = step(*split(model), *arguments)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(grown.layers)] == before
 

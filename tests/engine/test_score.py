@@ -26,7 +26,7 @@ from gptoss_jax.engine.score import Scored, Text, rows_are_apart, score, score_c
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels import native
 from gptoss_jax.model.config import alternating_layers
-from gptoss_jax.model.transformer import GptOss, abstract_model, parameters
+from gptoss_jax.model.transformer import GptOss, abstract_model, parameters, split
 from gptoss_jax.sharding import make_mesh
 from tests import oracle
 from tests.tiny import TINY
@@ -242,7 +242,7 @@ def compiled_step(*, vocab_size: int, **settings) -> Any:
     model = abstract_model(config, impl="xla", **settings)
     tokens, count = jax.ShapeDtypeStruct((4, 512), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
     cache = jax.eval_shape(lambda: model.empty_cache(rows=4, capacity=512))
-    return score_module._step.lower(*nnx.split(model), tokens, tokens, count, cache).compile()
+    return score_module._step.lower(*split(model), tokens, tokens, count, cache).compile()
 
 
 def test_scores_are_never_whole():

@@ -14,7 +14,7 @@ from gptoss_jax.engine.request import SamplingParams
 from gptoss_jax.engine.sampling import RowSettings
 from gptoss_jax.model.config import alternating_layers
 from gptoss_jax.model.dispatch import Way
-from gptoss_jax.model.transformer import GptOss, parameters
+from gptoss_jax.model.transformer import GptOss, parameters, split
 from gptoss_jax.sharding import MeshShape, make_mesh, place
 from tests.tiny import TINY
 
@@ -45,7 +45,7 @@ def compiled(shape: MeshShape, *, num_tokens: int, dispatch: Way) -> list[Collec
     tokens, count = jnp.zeros((ROWS, num_tokens), jnp.int32), jnp.full(ROWS, num_tokens, jnp.int32)
     settings = RowSettings.of([SamplingParams(temperature=0.7, top_k=20, top_p=0.9)] * ROWS)
     cache = model.empty_cache(rows=ROWS, capacity=30)
-    lowered = step.lower(*nnx.split(model), tokens, count, cache, settings, jnp.zeros(ROWS, jnp.int32))
+    lowered = step.lower(*split(model), tokens, count, cache, settings, jnp.zeros(ROWS, jnp.int32))
     return collectives(lowered.compile().as_text())
 
 
