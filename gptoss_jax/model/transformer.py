@@ -246,8 +246,8 @@ class Graph:
         return (self._hash, self._tree, self._definition) == (other._hash, other._tree, other._definition)
 
 
-def split(model: GptOss) -> tuple[Graph, list[Array]]:
-    """What a jitted step takes, apart: the first as a static argument, the second as arrays."""
+def split(model: GptOss) -> tuple[Graph, list[Any]]:
+    """What a jitted step takes, apart: the first as a static argument, then arrays (of an abstract model, shapes)."""
     definition, parameters = nnx.split(model)
     arrays, tree = jax.tree.flatten(parameters)
     return Graph(definition, tree), arrays
