@@ -3,7 +3,9 @@
 ids ─► embedding ─► 24|36 × ( + attention(norm(x)) ; + experts(norm(x)) ) ─► norm ─► unembedding ─► logits
 """
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -294,13 +296,23 @@ def parameter_shapes(config: ModelConfig, experts: Experts) -> Mapping[str, tupl
     return MappingProxyType({path: shape for path, (shape, _) in released(config, experts).items()})
 
 
-@functools.cache  # tracing 36 layers takes seconds
+@functools.cache
 def released(
     config: ModelConfig, experts: Experts, dense: Dense = "bf16"
 ) -> Mapping[str, tuple[tuple[int, ...], Axes]]:
-    """Shape and logical axes of every parameter by its path, as released, or as 8-bit weights would be."""
-    found = parameters(abstract_model(config, experts=experts, dense=dense, impl="xla"))
-    return MappingProxyType({path: (value.shape, value.get_metadata()["axes"]) for path, value in found.items()})
+    """Shape and logical axes of every parameter by its path, as released, or as 8-bit weights would be.
+
+    One layer is traced and stands for all, whose parameters are alike: tracing 36 takes seconds.
+    """
+    one_layer = dataclasses.replace(config, layer_kinds=config.layer_kinds[:1])
+    traced = parameters(abstract_model(one_layer, experts=experts, dense=dense, impl="xla"))
+    found = {path: (value.shape, value.get_metadata()["axes"]) for path, value in traced.items()}
+    layers = [
+        {path.replace(".0.", f".{layer}.", 1): said for path, said in found.items() if path.startswith("layers.0.")}
+        for layer in range(config.num_layers)
+    ]
+    ends = {path: said for path, said in found.items() if not path.startswith("layers.0.")}
+    return MappingProxyType(functools.reduce(operator.or_, layers, ends))
 
 
 def with_parameters(model: GptOss, values: Mapping[str, jax.Array]) -> GptOss:
