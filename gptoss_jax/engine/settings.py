@@ -1,10 +1,10 @@
 """What an engine may hold and which steps it compiles. Knows sizes; knows no arrays and no requests.
 
 A step is a program of fixed shape, and all programs are compiled before the first request. So they are few: rows that
-decode in powers of four, and beside all rows a prompt's long chunk, a short one, or many short ones.
+decode in powers of two, past eight of four, and beside all rows a prompt's long chunk, a short one, or many short ones.
 
-    max_rows=8, prefill_tokens=512      decode     [1, 1]   [4, 1]   [8, 1]   [8, 1]     [8, 1]    [8, 1]
-                                        prefill                               [1, 512]   [1, 64]   [8, 64]
+    max_rows=8, prefill_tokens=512      decode     [1, 1]  [2, 1]  [4, 1]  [8, 1]   [8, 1]     [8, 1]    [8, 1]
+                                        prefill                                     [1, 512]   [1, 64]   [8, 64]
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from gptoss_jax.model.config import ModelConfig
 
 _TOKENS_PER_ROW = 4096  # of the cache, where nothing is said
 _SHORT = 8  # a short chunk is this part of a long one
+_FEW_ROWS = (1, 2, 4, 8)  # steps that decode so many are compiled, then powers of four
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class EngineSettings:
         if self.batch_invariant:
             return (Program(rows, width, 0, 0), Program(0, 0, 1, tokens))
         short = max(tokens // _SHORT, 1)
-        decode = sorted({min(4**power, rows) for power in range(rows.bit_length())})
+        decode = sorted({min(some, rows) for some in (*_FEW_ROWS, *(4**power for power in range(2, rows.bit_length())))})
         prefill = sorted({(1, short), (min(rows, _SHORT), short), (1, tokens)})
         return (
             *(Program(some, width, 0, 0) for some in decode),

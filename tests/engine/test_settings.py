@@ -11,6 +11,7 @@ from tests.tiny import TINY
 def test_the_programs_are_few_and_hold_every_row():
     assert EngineSettings().programs() == (
         Program(1, 1, 0, 0),
+        Program(2, 1, 0, 0),
         Program(4, 1, 0, 0),
         Program(8, 1, 0, 0),
         Program(8, 1, 1, 64),
@@ -32,7 +33,7 @@ def test_any_size_makes_limits(max_rows: int, prefill_tokens: int):
     settings = EngineSettings(max_rows=max_rows, prefill_tokens=prefill_tokens)
     limits = settings.limits(TINY)
     programs = limits.programs
-    assert len(set(programs)) == len(programs) <= 8
+    assert len(set(programs)) == len(programs) <= 10
     assert limits.max_context == min(TINY.max_context, 4096 * max_rows)
 
 

@@ -30,7 +30,7 @@ struct Job {
 
 struct Jobs {
   std::vector<Job> all;
-  int64_t packed_bytes = 0, tiles = 0, chunks = 0;
+  int64_t packed_bytes = 0, tiles = 0, chunks = 0, products = 0;
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,6 +48,7 @@ void add_job(Jobs& jobs, const Form& form, const Group& group, bool fixed_order)
   jobs.packed_bytes += ceil_div(way->packed_bytes(group), 64) * 64;
   jobs.tiles += ceil_div(group.rows, way->tile_rows);
   jobs.chunks += ceil_div(group.outputs, way->chunk_outputs);
+  jobs.products += group.rows * group.outputs * group.matrix.inputs;
 }
 
 // The job to which a tile or a chunk belongs; there are as many jobs as experts at most.
@@ -58,7 +59,8 @@ const Job& job_of(const Jobs& jobs, int64_t index) {
   return jobs.all[job];
 }
 
-constexpr int64_t kFewTiles = 3;  // packed by the caller alone: to wake a thread takes longer
+// What the caller does alone, since to wake a thread takes longer: some ten microseconds.
+constexpr int64_t kFewBytes = 1 << 16, kFewProducts = 400'000;
 
 ffi::Error run(const Jobs& jobs, ffi::ThreadPool& pool) {
   if (jobs.all.empty()) return ffi::Error::Success();
@@ -80,8 +82,8 @@ ffi::Error run(const Jobs& jobs, ffi::ThreadPool& pool) {
     const int64_t end = std::min(first + job.way->chunk_outputs, job.group.outputs);
     job.way->multiply(job.group, packed + job.packed_at, first, end, scratch.get(job.way->scratch_bytes(job.group)));
   };
-  const int64_t threads = pool.num_threads();
-  const bool done = for_each_chunk(jobs.tiles, jobs.tiles <= kFewTiles ? 1 : threads, schedule, pack) &&
+  const int64_t threads = jobs.products < kFewProducts ? 1 : pool.num_threads();
+  const bool done = for_each_chunk(jobs.tiles, jobs.packed_bytes < kFewBytes ? 1 : threads, schedule, pack) &&
                     for_each_chunk(jobs.chunks, threads, schedule, multiply);
   if (!done) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "gptoss_jax: no memory for decoded weights");
   return ffi::Error::Success();
