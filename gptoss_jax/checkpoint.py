@@ -1,6 +1,7 @@
 """A model from any folder: our checkpoint, or a release in either layout. Knows formats; knows no tokenizer."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from gptoss_jax.convert.source import CONFIG_NAME, Parameters, Source
 from gptoss_jax.convert.stored import StoredParameters, unfinished_at
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.choose import layout
-from gptoss_jax.kernels.linear.int8 import pack
+from gptoss_jax.kernels.linear.int8 import Int8, pack
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import Way
 from gptoss_jax.model.experts import in_columns, is_expert_matrix
@@ -31,6 +32,8 @@ from gptoss_jax.model.transformer import Experts, GptOss, abstract_model, parame
 from gptoss_jax.sharding import Axes, Fit, Placement
 
 Kind = Literal["checkpoint", "hf", "original"]
+
+_SLAB_OUTPUTS = 8192  # of a matrix that are rounded to 8 bits at once
 
 
 def load(
@@ -162,7 +165,13 @@ def _in_8_bits(name: str, array: jax.Array, wanted: Mapping[str, nnx.Param]) -> 
     }
 
 
-_pack = jax.jit(pack)
+@jax.jit
+def _pack(matrix: jax.Array) -> Int8:
+    """Some outputs at a time: in float32 all of the unembedding would take another 2.3 GB."""
+    outputs, inputs = matrix.shape
+    slabs = next(number for number in itertools.count(-(-outputs // _SLAB_OUTPUTS)) if outputs % number == 0)
+    packed = jax.lax.map(pack, matrix.reshape(slabs, -1, inputs))
+    return jax.tree.map(lambda x: x.reshape(outputs, -1), packed)
 
 
 @functools.cache  # one compiled function for the parameters of all layers

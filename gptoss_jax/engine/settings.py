@@ -84,7 +84,8 @@ class EngineSettings:
         if self.batch_invariant:
             return (Program(rows, width, 0, 0), Program(0, 0, 1, tokens))
         short = max(tokens // _SHORT, 1)
-        decode = sorted({min(some, rows) for some in (*_FEW_ROWS, *(4**power for power in range(2, rows.bit_length())))})
+        powers = (*_FEW_ROWS, *(4**power for power in range(2, rows.bit_length())))
+        decode = sorted({min(some, rows) for some in powers})
         prefill = sorted({(1, short), (min(rows, _SHORT), short), (1, tokens)})
         return (
             *(Program(some, width, 0, 0) for some in decode),
