@@ -15,6 +15,7 @@ from gptoss_jax.bench.percentiles import DEFINITION
 from gptoss_jax.bench.roof import Held, least_work
 from gptoss_jax.bench.start import start
 from gptoss_jax.cli.terminal import size, table
+from gptoss_jax.engine.pools import Pools
 from gptoss_jax.engine.request import Request
 from gptoss_jax.engine.runner import Runner
 from gptoss_jax.engine.settings import EngineSettings
@@ -74,7 +75,7 @@ def measure(
         result["start"] = dataclasses.asdict(start(model, settings))
     if not set(parts) - {"start"}:
         return result
-    limits = settings.limits(model.config)
+    limits = settings.limits(model.config, Pools.of(model, kv_dtype=settings.kv_dtype))
     runner = Runner(model, limits, kv_dtype=settings.kv_dtype)
     say(f"compiling {len(limits.programs)} steps, for {settings.max_rows} requests at most")
     runner.warm_up()

@@ -23,6 +23,7 @@ import numpy as np
 from gptoss_jax.engine.continuation import Continuation, TokenBytes, describe
 from gptoss_jax.engine.limits import Limits
 from gptoss_jax.engine.lockstep import LockstepRunner, execute_what_is_told, spans_processes
+from gptoss_jax.engine.pools import Pools
 from gptoss_jax.engine.programs import Drawn
 from gptoss_jax.engine.request import Request, SamplingParams, Token
 from gptoss_jax.engine.runner import Result, Runner, StepInput
@@ -269,14 +270,17 @@ class Engine:
         """Tells what a step gave, up to where each continuation ends."""
         taken = {}
         for entry, result in zip(entries, results, strict=True):
-            if result.ids:
+            if result.is_broken:
+                entry.continuation.finish("error", message="the model's scores are no numbers")
+                self._release(entry)
+            elif result.ids:
                 index = entry.continuation.index
                 drawn = zip(result.ids, result.logprobs, result.top, strict=True)
                 taken[entry.sequence.id] = entry.continuation.advance(Token(index, *each) for each in drawn)
                 self._counts.generated_tokens += len(taken[entry.sequence.id])
         self._scheduler.commit(plan, taken)
-        for entry in entries:
-            if entry.continuation.finished:
+        for entry, result in zip(entries, results, strict=True):
+            if entry.continuation.finished and not result.is_broken:
                 self._release(entry)
         _deliver(entries)
 
@@ -336,7 +340,7 @@ def follow(model: GptOss, *, settings: EngineSettings | None = None) -> None:
 
 
 def _warm_runner(model: GptOss, settings: EngineSettings) -> tuple[Runner, Limits]:
-    limits = settings.limits(model.config)
+    limits = settings.limits(model.config, Pools.of(model, kv_dtype=settings.kv_dtype))
     if settings.batch_invariant and model.impl.moe_matmul == "cpu":
         raise UserError(
             "batch_invariant is set, and moe_matmul's implementation 'cpu' sums the rows of an expert that has few in "

@@ -32,11 +32,13 @@ class Result:
     Attributes:
         logprobs: of each id.
         top: of each id the best ids in its place with their logprobs, as many as its request wants.
+        is_broken: its scores are no numbers, and so there are no ids.
     """
 
     ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
     top: Sequence[tuple[tuple[int, float], ...]] = ()
+    is_broken: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +124,6 @@ class Runner:
 
         Args:
             allowed: by slot which ids may come next, as bits; slots that are not named are free.
-
-        Raises:
-            FloatingPointError: a sequence's scores are no numbers. As after any other error, `reset` is next.
         """
         return self.results(plan, self.execute(self.stage(plan, allowed=allowed)))
 
@@ -166,7 +165,8 @@ class Runner:
                     break
                 end += 1
             if min(ids[place:end]) < 0:
-                raise FloatingPointError(f"the scores of sequence {piece.sequence.id} are no numbers")
+                found.append(Result(is_broken=True))
+                continue
             top = [self._top(piece, drawn, i) for i in range(place, end)]
             found.append(Result(ids[place:end], logprobs[place:end], top))
         return found

@@ -8,9 +8,11 @@ decode in powers of two, past eight of four, and beside all rows a prompt's long
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 from gptoss_jax.engine.limits import Limits, Program
+from gptoss_jax.engine.pools import Pools
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
 
@@ -29,6 +31,8 @@ class EngineSettings:
         page_size: positions of a page, the unit in which the cache is given out and prompts are shared.
         cache_tokens: positions in the cache of layers that see everything, over all sequences and what is kept of
             finished ones; by default 4,096 for each row. Layers with a window need little beside them.
+        cache_bytes: of all pages on one device, instead of cache_tokens; more than all rows at full length need is not
+            taken.
         kv_dtype: of keys and values; None is the model's. "int8" halves bfloat16, at an error that docs/engine.md says.
         prefill_tokens: of prompts in one step at most, so that decoding rows wait for no more than one such step.
         draft_tokens: guessed ids that a step checks for each row, found by looking up what was said before; 0 is off.
@@ -42,6 +46,7 @@ class EngineSettings:
     max_context: int | None = None
     page_size: int = 64
     cache_tokens: int | None = None
+    cache_bytes: int | None = None
     kv_dtype: Literal["int8"] | None = None
     prefill_tokens: int = 512
     draft_tokens: int = 0
@@ -49,21 +54,24 @@ class EngineSettings:
     max_queue: int = 1024
     max_queued_tokens: int = 1 << 22
 
-    def limits(self, config: ModelConfig) -> Limits:
+    def limits(self, config: ModelConfig, pools: Pools | None = None) -> Limits:
         """What the scheduler has to keep to for this model.
+
+        Args:
+            config: the model's.
+            pools: what its pages weigh, which cache_bytes asks for; by default those of bfloat16 on one device.
 
         Raises:
             UserError: a number that makes no sense, with the way out.
         """
         self._check()
-        cache_tokens = self.max_rows * _TOKENS_PER_ROW if self.cache_tokens is None else self.cache_tokens
-        full_pages = -(-cache_tokens // self.page_size)
+        full_pages = self._full_pages(Pools(config=config) if pools is None else pools)
         allowed = min(config.max_context, full_pages * self.page_size)
         max_context = allowed if self.max_context is None else self.max_context
         if max_context > allowed:
             raise UserError(
                 f"max_context is {max_context}; the model's is {config.max_context} and the cache has "
-                f"{full_pages * self.page_size} positions: give a smaller max_context or a greater cache_tokens"
+                f"{full_pages * self.page_size} positions: give a smaller max_context or a greater cache"
             )
         return Limits(
             max_rows=self.max_rows,
@@ -92,6 +100,19 @@ class EngineSettings:
             *(Program(rows, width, *shape) for shape in prefill),
         )
 
+    def _full_pages(self, pools: Pools) -> int:
+        config = pools.config
+        if self.cache_bytes is None:
+            cache_tokens = self.max_rows * _TOKENS_PER_ROW if self.cache_tokens is None else self.cache_tokens
+            return -(-cache_tokens // self.page_size)
+        longest = config.max_context if self.max_context is None else self.max_context
+        return pools.full_pages_within(
+            self.cache_bytes,
+            sliding=functools.partial(self._sliding_pages, config.sliding_window),
+            page_size=self.page_size,
+            most=self.max_rows * -(-longest // self.page_size),
+        )
+
     def _sliding_pages(self, window: int, full_pages: int) -> int:
         """Room for every row's window and chunk, and as much again, at least a quarter of the cache, for what is kept.
 
@@ -105,6 +126,11 @@ class EngineSettings:
         for name in ("max_rows", "page_size", "prefill_tokens", "max_queue", "max_queued_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.cache_tokens is not None and self.cache_bytes is not None:
+            raise UserError(
+                f"cache_tokens is {self.cache_tokens} and cache_bytes {self.cache_bytes}; expected one of them: "
+                "each says how large the cache is"
+            )
         for name in ("cache_tokens", "max_context"):
             value = getattr(self, name)
             if value is not None and value < 2:

@@ -1,4 +1,7 @@
-"""A runner without a model: the next id is a hash of what lies in the pages. So a wrong page is a wrong answer."""
+"""A runner without a model: the next id is a hash of what lies in the pages. So a wrong page is a wrong answer.
+
+A sequence whose prompt begins with BROKEN has no scores behind its third id.
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +10,7 @@ from gptoss_jax.engine.request import Request, SamplingParams
 from gptoss_jax.engine.runner import Result
 
 VOCAB = 50
+BROKEN = [49, 48, 49, 48]
 
 
 def next_id(ids: Sequence[int], sampling: SamplingParams, index: int) -> int:
@@ -57,7 +61,13 @@ class FakeRunner:
         return [self._run_piece(piece, allowed) for piece in (*plan.decode, *plan.prefill)]
 
     def results(self, plan, drawn):
-        return [Result(ids, [-float(i) for i in ids], [((i, -float(i)),) for i in ids]) for ids in drawn]
+        pieces = (*plan.decode, *plan.prefill)
+        return [self._result(piece.sequence, ids) for piece, ids in zip(pieces, drawn, strict=True)]
+
+    def _result(self, sequence, ids):
+        if ids and sequence.ids[: len(BROKEN)] == BROKEN and len(sequence.ids) - sequence.num_prompt >= 3:
+            return Result(is_broken=True)
+        return Result(ids, [-float(i) for i in ids], [((i, -float(i)),) for i in ids])
 
     def _run_piece(self, piece, allowed):
         size, sequence = self.limits.page_size, piece.sequence

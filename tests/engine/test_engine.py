@@ -14,7 +14,7 @@ from gptoss_jax.engine.limits import Limits, Program
 from gptoss_jax.engine.request import Finished, Request, SamplingParams, Token
 from gptoss_jax.engine.scheduler import QueueFull
 from gptoss_jax.errors import UserError
-from tests.engine.fake import VOCAB, FakeRunner, expected_ids
+from tests.engine.fake import BROKEN, VOCAB, FakeRunner, expected_ids
 
 LIMITS = Limits(
     max_rows=4,
@@ -423,6 +423,21 @@ def test_a_step_that_raises_fails_those_in_it_and_no_other(in_run: int):
         assert 1 <= len(failed) <= 6
         check_answers(request(), engine.submit(request()), may_be_cut=False)
         assert engine.stats().failed_steps == 1
+        assert_nothing_leaked(engine)
+
+
+def test_scores_that_are_no_numbers_end_their_request_and_no_other():
+    with open_engine() as engine:
+        requests = [request([*(BROKEN if n % 3 == 0 else [n]), *range(10)], 12) for n in range(12)]
+        streams = [engine.submit(asked) for asked in requests]
+        for number, (asked, stream) in enumerate(zip(requests, streams, strict=True)):
+            (answer,) = stream.result()
+            if number % 3 == 0:
+                assert answer.ids == expected_ids(asked)[:3]
+                assert answer.finished == Finished(0, "error", "the model's scores are no numbers")
+            else:
+                assert answer.ids == expected_ids(asked)
+        assert engine.stats().failed_steps == 0
         assert_nothing_leaked(engine)
 
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 from gptoss_jax.engine.generate import generate
 from gptoss_jax.engine.limits import Limits, Program
-from gptoss_jax.engine.pools import full_pages_within, pool_bytes
 from gptoss_jax.engine.request import SamplingParams
 from gptoss_jax.engine.runner import Result, Runner, StepInput
 from gptoss_jax.engine.sequence import Piece, Plan
@@ -268,7 +267,7 @@ def test_a_step_that_raised_leaves_a_runner_that_can_be_reset(runner, prompts, e
     assert [generated(each) for each in all_at_once(Hand(runner), prompts)] == expected
 
 
-def test_scores_that_are_no_numbers_are_an_error(model, prompts):
+def test_scores_that_are_no_numbers_are_told(model, prompts):
     graph, parameters = nnx.split(model)
     broken = nnx.merge(graph, jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, parameters))
     limits = dataclasses.replace(LIMITS, programs=(Program(5, 1, 1, 16),))
@@ -276,8 +275,9 @@ def test_scores_that_are_no_numbers_are_an_error(model, prompts):
     runner.warm_up()
     hand = Hand(runner)
     sequence = hand.admit(0, prompts[0][:9], GREEDY)
-    with pytest.raises(FloatingPointError, match="sequence 100"):
-        hand.step(limits.programs[0], prefill=[(sequence, 9)])
+    (result,) = hand.step(limits.programs[0], prefill=[(sequence, 9)])
+    assert result.is_broken
+    assert not result.ids
 
 
 def test_what_a_step_needs_is_plain_and_may_come_from_another_process(model, runner, prompts, expected):
@@ -327,19 +327,6 @@ def test_a_step_copies_no_pages(model):
     pools = [x.nbytes for x in jax.tree.leaves(runner._state.cache)]
     assert memory.alias_size_in_bytes == sum(x.nbytes for x in jax.tree.leaves(runner._state))
     assert memory.temp_size_in_bytes < min(pools)
-
-
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_pool_bytes_are_those_of_the_arrays(model, kv_dtype):
-    runner = Runner(model, LIMITS, kv_dtype=kv_dtype)
-    held = sum(x.nbytes for x in jax.tree.leaves(runner._state.cache))
-    dtype = model.dtype if kv_dtype is None else jnp.int8
-    assert pool_bytes(CONFIG, LIMITS, kv_dtype=dtype) == held
-    sizes = {"num_sliding_pages": LIMITS.num_sliding_pages, "page_size": LIMITS.page_size, "kv_dtype": dtype}
-    assert full_pages_within(held, CONFIG, **sizes) == LIMITS.num_full_pages
-    assert full_pages_within(held - 1, CONFIG, **sizes) == LIMITS.num_full_pages - 1
-    with pytest.raises(UserError, match=r"a cache of 1000 bytes .* give it at least \d+"):
-        full_pages_within(1000, CONFIG, **sizes)
 
 
 def test_a_mesh_that_cuts_rows_and_a_strange_dtype_are_refused(model):

@@ -16,8 +16,7 @@ namespace {
 
 int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
-// ---- work
-// ------------------------------------------------------------------------------------------------------------
+// ---- work ----
 
 // A group, the way it goes, and where its packed rows and its share of the chunks lie.
 struct Job {
@@ -89,8 +88,7 @@ ffi::Error run(const Jobs& jobs, ffi::ThreadPool& pool) {
   return ffi::Error::Success();
 }
 
-// ---- one matrix
-// ------------------------------------------------------------------------------------------------------
+// ---- one matrix ----
 
 Group one_group(const ffi::AnyBuffer& x, Matrix matrix, int64_t outputs, float* out) {
   const Ending ending = {nullptr, Type::kFloat32, false, 0, out, Type::kFloat32, outputs};
@@ -138,8 +136,7 @@ ffi::Error linear_int8(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi
   return run_one(*found.value()->form, group, fixed_order, pool);
 }
 
-// ---- one matrix for each group of rows
-// -------------------------------------------------------------------------------
+// ---- one matrix for each group of rows ----
 
 // All experts' matrices lie one behind the other, and so do their biases.
 struct Experts {
@@ -254,8 +251,7 @@ ffi::Error moe_matmul_plain(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuff
   return run_grouped(x, experts, group_sizes, *out, settings, pool);
 }
 
-// ---- what XLA is told of them
-// ----------------------------------------------------------------------------------------
+// ---- what XLA is told of them ----
 
 XLA_FFI_DEFINE_HANDLER(kLinear, linear,
                        ffi::Ffi::Bind()
