@@ -1,14 +1,21 @@
 """What one device can do at most, measured: bytes and multiplications per second. Knows arrays; knows no model."""
 
 import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from gptoss_jax.bench.timing import seconds_inside
+from gptoss_jax.bench.timing import ROUNDS, seconds_inside
+from gptoss_jax.kernels import linear, native
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class Ceilings:
 
     @property
     def bandwidth(self) -> float:
-        """The better of two readers: one can be too slow, but none too fast."""
+        """The better reader: one can be too slow, but none too fast."""
         return max(self.copied, self.read)
 
     def seconds(self, *, nbytes: float, flops: float) -> float:
@@ -36,14 +43,39 @@ class Ceilings:
 
 
 def measure_ceilings(*, buffer_bytes: int, matrix_size: int, dtype: DTypeLike, budget: float) -> Ceilings:
-    """`buffer_bytes` must be more than caches hold, `matrix_size` enough to fill the device."""
+    """`buffer_bytes` must be more than caches hold, `matrix_size` enough to fill the device.
+
+    On a CPU XLA neither reads nor multiplies as fast as others, which are tried too: NumPy's bitwise or, in a thread
+    for each core, and our own product.
+    """
+    is_cpu = jax.default_backend() == "cpu"
     buffer = jax.random.bits(jax.random.key(0, impl="rbg"), (buffer_bytes // 4,), jnp.uint32)
     copied = 2 * buffer.nbytes / seconds_inside(_copy, buffer, None, budget=budget)
     read = buffer.nbytes / seconds_inside(_sum, jnp.uint32(1), buffer, budget=budget)
+    if is_cpu:
+        read = max(read, buffer.nbytes / _numpy_seconds(np.asarray(buffer)))
     del buffer
     matrix = jax.random.normal(jax.random.key(1, impl="rbg"), (matrix_size, matrix_size), dtype)
-    multiplied = seconds_inside(_multiply, matrix, matrix * matrix_size**-0.5, budget=budget)
+    ways = [_multiply, _multiply_natively] if is_cpu and native.available() else [_multiply]
+    multiplied = min(seconds_inside(way, matrix, matrix * matrix_size**-0.5, budget=budget) for way in ways)
     return Ceilings(copied=copied, read=read, flops=2 * matrix_size**3 / multiplied)
+
+
+def _numpy_seconds(buffer: UInt32[np.ndarray, " n"]) -> float:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = np.array_split(buffer[: len(buffer) // 2 * 2].view(np.uint64), cores)
+    with ThreadPoolExecutor(cores) as pool:
+
+        def read() -> None:
+            list(pool.map(np.bitwise_or.reduce, parts))
+
+        return statistics.median(_seconds(read) for _ in range(ROUNDS))
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _copy(buffer: UInt32[Array, " n"], _: None, i: Int[Array, ""]) -> UInt32[Array, " n"]:
@@ -59,3 +91,7 @@ def _multiply(x: Float[Array, "n n"], matrix: Float[Array, "n n"], i: Int[Array,
     """Random values of order one, turn after turn: a device is faster with zeros than with numbers."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _multiply_natively(x: Float[Array, "n n"], matrix: Float[Array, "n n"], i: Int[Array, ""]) -> Float[Array, "n n"]:
+    return linear.matmul(x, matrix, impl="cpu").astype(x.dtype)

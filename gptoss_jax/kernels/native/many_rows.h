@@ -63,7 +63,7 @@ struct ManyRows {
     x += first * inputs;
     for (int64_t start = 0; start < inputs; start += kBlock, to += kTileBlock) {
       const int64_t count = inputs - start < kBlock ? inputs - start : kBlock;
-      if (rows == kLanes && count == kBlock && Core::pack(x + start, inputs, to)) continue;
+      if (count == kBlock && pack_block(x + start, inputs, rows, to)) continue;
       for (int64_t i = 0; i < kTileBlock; ++i) to[i] = 0;
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t k = 0; k < count; ++k) {
@@ -71,6 +71,15 @@ struct ManyRows {
         }
       }
     }
+  }
+
+  // A whole block of a tile, whose last rows may be missing.
+  template <class From>
+  static bool pack_block(const From* x, int64_t stride, int64_t rows, Value* to) {
+    if (rows == kLanes) return Core::pack(x, stride, to);
+    alignas(64) From filled[kLanes][kBlock] = {};
+    for (int64_t row = 0; row < rows; ++row) memcpy(filled[row], x + row * stride, sizeof(filled[row]));
+    return Core::pack(filled[0], kBlock, to);
   }
 
   // ---- weights ----
