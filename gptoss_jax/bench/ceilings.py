@@ -52,27 +52,27 @@ def measure_ceilings(*, buffer_bytes: int, matrix_size: int, dtype: DTypeLike, b
     buffer = jax.random.bits(jax.random.key(0, impl="rbg"), (buffer_bytes // 4,), jnp.uint32)
     copied = 2 * buffer.nbytes / seconds_inside(_copy, buffer, None, budget=budget)
     read = buffer.nbytes / seconds_inside(_sum, jnp.uint32(1), buffer, budget=budget)
-    if is_cpu:
-        read = max(read, buffer.nbytes / _numpy_seconds(np.asarray(buffer)))
     del buffer
+    if is_cpu:
+        read = max(read, _read_by_numpy(buffer_bytes))
     matrix = jax.random.normal(jax.random.key(1, impl="rbg"), (matrix_size, matrix_size), dtype)
     ways = [_multiply, _multiply_natively] if is_cpu and native.available() else [_multiply]
     multiplied = min(seconds_inside(way, matrix, matrix * matrix_size**-0.5, budget=budget) for way in ways)
     return Ceilings(copied=copied, read=read, flops=2 * matrix_size**3 / multiplied)
 
 
-def _numpy_seconds(buffer: UInt32[np.ndarray, " n"]) -> float:
+def _read_by_numpy(buffer_bytes: int) -> float:
+    """Bytes per second. Large pages are part of it: NumPy asks for them, as our loading does."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = np.array_split(buffer[: len(buffer) // 2 * 2].view(np.uint64), cores)
+    buffer = np.ones(buffer_bytes // 8, np.uint64)  # not zeros: pages never written to would all be the same one
+    parts = np.array_split(buffer, cores)
     with ThreadPoolExecutor(cores) as pool:
-
-        def read() -> None:
-            list(pool.map(np.bitwise_or.reduce, parts))
-
-        return statistics.median(_seconds(read) for _ in range(ROUNDS))
+        return buffer.nbytes / statistics.median(
+            _seconds(lambda: list(pool.map(np.bitwise_or.reduce, parts))) for _ in range(ROUNDS)
+        )
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
