@@ -108,6 +108,7 @@ class Machine(RuleBasedStateMachine):
         self.live: dict[int, Sequence] = {}
         self.order: dict[int, tuple[int, int]] = {}  # by which they are to be served: the test's own count
         self.arrivals = 0
+        self.first: int | None = None  # who came first in the last step, and for how many steps it has waited as such
         self.idle_turns = 0
 
     # One rule, since hypothesis leaves some rules out for a whole example.
@@ -237,7 +238,8 @@ class Machine(RuleBasedStateMachine):
         running = [one for one in self.live.values() if one.state == "running"]
         first = min(running, key=lambda one: self.order[one.id])
         planned = {piece.sequence.id for piece in (*plan.decode, *plan.prefill)}
-        self.idle_turns = 0 if first.id in planned else self.idle_turns + 1
+        before = self.idle_turns if first.id == self.first else 0
+        self.first, self.idle_turns = first.id, 0 if first.id in planned else before + 1
         takes_turns = not (plan.decode and plan.prefill) and not any(
             program.decode_rows >= self.limits.max_rows and program.prefill_rows for program in self.limits.programs
         )
