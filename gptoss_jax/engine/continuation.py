@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from gptoss_jax.engine.drafts import PromptLookup
-from gptoss_jax.engine.request import Constraint, Event, Finished, Request, SamplingParams, Token
+from gptoss_jax.engine.request import Constraint, Event, Finished, PromptScores, Request, SamplingParams, Token
 from gptoss_jax.engine.stops import StopSearch, StopStrings
 from gptoss_jax.errors import UserError
 
@@ -42,6 +42,7 @@ class Continuation:
         allowed: the ids that its constraint allows next, as bits; None where it has none.
         unread: the events that were not delivered yet.
         finished: whether the last of them is the last of all.
+        cached_tokens: ids of the prompt that were found in the prefix cache.
     """
 
     def __init__(
@@ -58,7 +59,11 @@ class Continuation:
         self.sampling: SamplingParams = request.sampling.of_continuation(index)
         self.unread: list[Event] = []
         self.finished = False
+        self.cached_tokens = 0
         self._left = request.max_new_tokens
+        # Scores of the prompt's ids, from the second on, as far as they were computed; None when nothing waits for any.
+        self._scores: list[Token] | None = None if request.prompt_logprobs is None or index else []
+        self._num_prompt = len(request.prompt)
         self._stop_ids = frozenset(request.stop_ids)
         self._token_bytes = token_bytes
         self._search = StopSearch(stops) if stops is not None else None
@@ -88,6 +93,9 @@ class Continuation:
         taken = []
         for token in tokens:
             taken.append(token.id)
+            if not self._left:  # only the prompt's scores were wanted
+                self.finish("length")
+                break
             self._left -= 1
             try:
                 self._take(token)
@@ -99,10 +107,19 @@ class Continuation:
             self._lookup.extend(taken)
         return taken
 
+    def score_prompt(self, first: int, scores: Iterable[Token]) -> None:
+        """Takes scores of the prompt from its id `first` on; after a preemption some come again."""
+        if self._scores is None or self.finished:
+            return
+        self._scores += list(scores)[1 + len(self._scores) - first :]
+        if len(self._scores) == self._num_prompt - 1:
+            self.unread.append(PromptScores(self.index, tuple(self._scores)))
+            self._scores = None
+
     def finish(self, reason: Literal["stop", "length", "abort", "error", "refused"], *, message: str = "") -> None:
         """Ends it here; what was held back is told first."""
         if not self.finished:
-            self._tell(Finished(self.index, reason, message))
+            self._tell(Finished(self.index, reason, message, cached_tokens=self.cached_tokens))
 
     def _take(self, token: Token) -> None:
         if token.id in self._stop_ids:
@@ -129,7 +146,8 @@ class Continuation:
         if found is not None:
             first = self._held[0]
             self._held.clear()
-            self._tell(Finished(self.index, "stop", stop=found.stop, tail=first.data[: found.begin - first.begin]))
+            tail = first.data[: found.begin - first.begin]
+            self._tell(Finished(self.index, "stop", stop=found.stop, tail=tail, cached_tokens=self.cached_tokens))
 
     def _tell(self, end: Finished) -> None:
         self.unread += [held.token for held in self._held]

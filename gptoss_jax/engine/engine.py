@@ -136,6 +136,16 @@ class Engine:
         self._thread.start()
         atexit.register(self.close)  # while jax is still there
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids are smaller than this."""
+        return self._vocab_size
+
+    @property
+    def max_context(self) -> int:
+        """The most ids of one request, prompt and continuation."""
+        return self._limits.max_context
+
     def submit(self, request: Request) -> Stream:
         """Queues a request; its events come by the stream.
 
@@ -203,9 +213,10 @@ class Engine:
             return Scheduled(
                 id=next(self._ids),
                 ids=list(request.prompt),
-                max_new_tokens=request.max_new_tokens,
+                max_new_tokens=max(request.max_new_tokens, 1),
                 priority=request.priority,
                 leader=leader,
+                prompt_logprobs=request.prompt_logprobs if leader is None else None,
             )
 
         first = sequence()
@@ -251,7 +262,9 @@ class Engine:
             for slot in plan.freed_slots:
                 self._runner.retire(slot)
             for sequence in plan.admitted:
-                self._runner.admit(sequence, self._entries[sequence.id].continuation.sampling)
+                continuation = self._entries[sequence.id].continuation
+                continuation.cached_tokens = sequence.cached or 0
+                self._runner.admit(sequence, continuation.sampling)
             step = self._runner.stage(plan, allowed=_allowed(pieces, entries))
             started = time.perf_counter()
             drawn = self._runner.execute(step)
@@ -269,7 +282,9 @@ class Engine:
     def _commit(self, plan: Plan, entries: Sequence[_Entry], results: Sequence[Result]) -> None:
         """Tells what a step gave, up to where each continuation ends."""
         taken = {}
-        for entry, result in zip(entries, results, strict=True):
+        for piece, entry, result in zip((*plan.decode, *plan.prefill), entries, results, strict=True):
+            if result.scores is not None:
+                entry.continuation.score_prompt(piece.start + 1, result.scores)
             if result.is_broken:
                 entry.continuation.finish("error", message="the model's scores are no numbers")
                 self._release(entry)

@@ -38,6 +38,8 @@ class Ledger:
 
     def cached_pages(self, sequence: Sequence, *, end: int) -> int:
         """Leading whole pages that are usable from the cache, so that at least one position before `end` is left."""
+        if sequence.prompt_logprobs is not None:  # what is not computed has no score
+            return 0
         size, best, run = self._limits.page_size, 0, 0
         for number in range((end - 1) // size):
             key = self._key(sequence, number)

@@ -7,6 +7,7 @@ All is compiled before the first request, and calling a compiled program compile
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,16 +21,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
 
 from gptoss_jax.engine.limits import Limits, Program
+from gptoss_jax.engine.logprobs import logprobs_of, top_logprobs
 from gptoss_jax.engine.penalties import RowCounts, TokenCounts, count_tokens, reset_counts
-from gptoss_jax.engine.request import MAX_LOGPROBS, SamplingParams
+from gptoss_jax.engine.request import MAX_LOGPROBS, SamplingParams, Token
 from gptoss_jax.engine.sampling import RowSettings, Sampled, sample_rows
-from gptoss_jax.engine.staging import PartWords, StepLayout, table_width
+from gptoss_jax.engine.staging import NOT_ASKED, PartWords, StepLayout, table_width
 from gptoss_jax.model.implementations import platform_of
 from gptoss_jax.model.paged import PagedCache, Part
 from gptoss_jax.model.transformer import GptOss, Graph, split
 from gptoss_jax.sharding import AnyMesh, partition
 
 Results: TypeAlias = Int32[Array, "R fields"]  # of each place: id, logprob, ids and logprobs of the best
+Scores: TypeAlias = Int32[Array, "tokens fields"]  # of each token of the prefill part: the same, of its target
+_NUM_FIELDS = 2 * (1 + MAX_LOGPROBS)
+_SCORED_AT_ONCE = 64  # tokens of prompts: 51 MB of scores in the release
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +102,7 @@ class Programs:
         settings = RowSettings.of([SamplingParams()] * (self._limits.max_rows + 1))
         masks = np.full((num_places(program), -(-self._num_scores // 32)), 0xFFFFFFFF, np.uint32)
         inputs = self._whole((settings, np.zeros(layout.num_words, np.int32), masks))
-        outputs = None if self._shardings is None else (_whole(self._mesh), self._shardings)
+        outputs = None if self._shardings is None else (_whole(self._mesh), _whole(self._mesh), self._shardings)
         jitted = jax.jit(functools.partial(self._step, layout=layout), donate_argnums=1, out_shardings=outputs)
         self._steps[program] = jitted.lower(self._parameters, self._shapes, *inputs).compile()
         self._nothing_forbidden[program] = self.put(masks)
@@ -109,8 +114,8 @@ class Programs:
         settings: RowSettings,
         words: Int32[np.ndarray, " words"],
         allowed: UInt32[np.ndarray, "R masks"] | None = None,
-    ) -> tuple[Results, State]:
-        """What `unpack` reads, and the state afterwards.
+    ) -> tuple[Results, Scores, State]:
+        """What `unpack` reads, of each place and of each token of the prefill part, and the state afterwards.
 
         Args:
             settings: of each slot, and a last row for places where nothing is wanted; from `put`.
@@ -161,18 +166,32 @@ class Programs:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """`Sampled` on the host."""
+    """`Sampled` on the host, and of the prefill part's prompts on the device: they are seldom asked for."""
 
     ids: Int32[np.ndarray, " R"]
     logprobs: Float32[np.ndarray, " R"]
     top_ids: Int32[np.ndarray, "R best"]
     top_logprobs: Float32[np.ndarray, "R best"]
+    scores: Scores
+
+    def prompt_scores(self) -> "Drawn":
+        """The scores as if they had been drawn: a row for each token of the prefill part, row by row."""
+        return unpack(np.asarray(self.scores), self.scores)
+
+    def tokens(self, first: int, ids: Sequence[int], *, num_top: int) -> list[Token]:
+        """These ids with what stands about them in the rows from `first` on."""
+        found = []
+        for row, token_id in enumerate(ids, first):
+            top = zip(self.top_ids[row, :num_top].tolist(), self.top_logprobs[row, :num_top].tolist(), strict=True)
+            best = tuple((other, logprob) for other, logprob in top if other >= 0)
+            found.append(Token(0, token_id, float(self.logprobs[row]), best))
+        return found
 
 
-def unpack(results: Int32[np.ndarray, "R fields"]) -> Drawn:
+def unpack(results: Int32[np.ndarray, "R fields"], scores: Scores) -> Drawn:
     """Views of what `_pack` made."""
     ids, numbers = results[:, : 1 + MAX_LOGPROBS], results[:, 1 + MAX_LOGPROBS :].view(np.float32)
-    return Drawn(ids[:, 0], numbers[:, 0], ids[:, 1:], numbers[:, 1:])
+    return Drawn(ids[:, 0], numbers[:, 0], ids[:, 1:], numbers[:, 1:], scores)
 
 
 def _pack(sampled: Sampled) -> Results:
@@ -236,7 +255,7 @@ def _step(
     *,
     graph: Graph,
     layout: StepLayout,
-) -> tuple[Results, State]:
+) -> tuple[Results, Scores, State]:
     model = graph.merge(parameters)
     fields = layout.fields(words)
     hidden, cache = model.extend_paged([_part(part) for part in fields], state.cache)
@@ -254,7 +273,37 @@ def _step(
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sample))
 
     sampled = lax.cond(jnp.any(places.is_wanted), sample, skip)
-    return _pack(sampled), State(cache, _count(state.counts, places, own, sampled))
+    if layout.program.prefill_rows:
+        scores = _prompt_scores(model, fields[-1], hidden[-1], settings)
+    else:
+        scores = jnp.zeros((0, _NUM_FIELDS), jnp.int32)
+    return _pack(sampled), scores, State(cache, _count(state.counts, places, own, sampled))
+
+
+def _prompt_scores(model: GptOss, part: PartWords, hidden: Float[Array, "B T D"], settings: RowSettings) -> Scores:
+    """What `_pack` makes for each token whose target is asked for; zeros for the others, which cost nothing."""
+    targets = part.targets.reshape(-1)
+    wanted = jnp.broadcast_to(settings.num_logprobs[part.slots][:, None], part.targets.shape).reshape(-1)
+
+    def score(piece: tuple[Array, Array, Array]) -> Results:
+        hidden, ids, wanted = piece
+
+        def ask() -> Results:
+            logits = model.logits(hidden)
+            return _pack(Sampled(ids, logprobs_of(logits, ids), *top_logprobs(logits, wanted)))
+
+        return lax.cond(jnp.any(ids != NOT_ASKED), ask, lambda: jnp.zeros((len(ids), _NUM_FIELDS), jnp.int32))
+
+    size = min(len(targets), _SCORED_AT_ONCE)
+    flat = hidden.reshape(len(targets), -1)
+    found = lax.map(score, (_cut(flat, size), _cut(targets, size, filler=NOT_ASKED), _cut(wanted, size)))
+    return found.reshape(-1, _NUM_FIELDS)[: len(targets)]
+
+
+def _cut(x: Array, size: int, *, filler: int = 0) -> Array:
+    """[R, …] in pieces [R / size, size, …], the last one filled up."""
+    padded = jnp.pad(x, ((0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)), constant_values=filler)
+    return padded.reshape(-1, size, *x.shape[1:])
 
 
 def _part(fields: PartWords) -> Part:

@@ -1,6 +1,7 @@
 """What is asked of the engine, and what it answers. Knows ids and settings; knows no text, model or other request.
 
-A life of a request: `Request` in, then for each of its `n` continuations some `Token`s and one `Finished`.
+A life of a request: `Request` in, then for each of its `n` continuations some `Token`s and one `Finished`. Before them
+comes `PromptScores`, where it was asked for.
 """
 
 import dataclasses
@@ -108,6 +109,8 @@ class Request:
         n: continuations of this prompt; each has its seed, see `SamplingParams.of_continuation`.
         priority: a greater one is served before a lesser one.
         constraint: makes the constraint of one continuation.
+        prompt_logprobs: tells how likely each id of the prompt is, with as many of the best in its place; nothing of
+            the prompt is taken from the prefix cache then. With it max_new_tokens may be 0.
     """
 
     prompt: Sequence[int]
@@ -118,23 +121,27 @@ class Request:
     n: int = 1
     priority: int = 0
     constraint: Callable[[], Constraint] | None = None
+    prompt_logprobs: int | None = None
 
     def check(self, *, vocab_size: int, max_context: int) -> None:
         """Raises UserError for what no model of these sizes could do."""
         self.sampling.check(vocab_size)
         if not len(self.prompt):
             raise UserError("the prompt has 0 ids; expected at least 1")
-        for name, number in (("max_new_tokens", self.max_new_tokens), ("n", self.n)):
-            if number < 1:
-                raise UserError(f"{name} is {number}; expected at least 1")
+        least = 1 if self.prompt_logprobs is None else 0
+        for name, number, expected in (("max_new_tokens", self.max_new_tokens, least), ("n", self.n, 1)):
+            if number < expected:
+                raise UserError(f"{name} is {number}; expected at least {expected}")
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= MAX_LOGPROBS:
+            raise UserError(f"prompt_logprobs is {self.prompt_logprobs}; expected 0 to {MAX_LOGPROBS}, or None")
         outside = next((i for i in self.prompt if not 0 <= i < vocab_size), None)
         if outside is not None:
             raise UserError(f"the prompt holds id {outside}; expected 0 to {vocab_size - 1}, the model's vocabulary")
-        total = len(self.prompt) + self.max_new_tokens
-        if total > max_context:
+        new = max(self.max_new_tokens, 1)  # one is drawn, if only to be dropped
+        if len(self.prompt) + new > max_context:
             raise UserError(
-                f"{len(self.prompt)} prompt ids and {self.max_new_tokens} new ones are {total}; the model's context is "
-                f"{max_context}: shorten the prompt or ask for fewer"
+                f"{len(self.prompt)} prompt ids and {new} new ones are {len(self.prompt) + new}; the model's context "
+                f"is {max_context}: shorten the prompt or ask for fewer"
             )
         if any(not text for text in self.stop):
             raise UserError("stop holds an empty text; expected texts of at least one character")
@@ -158,6 +165,7 @@ class Finished:
         message: says more of an error or a refusal.
         stop: the stop string that ended it. It may begin within an id: no `Token` tells of that id or one behind it.
         tail: what this id's bytes hold before the stop string; they are the last of the answer.
+        cached_tokens: ids of the prompt that were found in the prefix cache.
     """
 
     index: int
@@ -165,6 +173,15 @@ class Finished:
     message: str = ""
     stop: bytes | None = None
     tail: bytes = b""
+    cached_tokens: int = dataclasses.field(default=0, compare=False)
 
 
-Event: TypeAlias = Token | Finished
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptScores:
+    """How likely each id of the prompt is behind those before it, from the second id on; comes before any `Token`."""
+
+    index: int
+    tokens: tuple[Token, ...]
+
+
+Event: TypeAlias = Token | Finished | PromptScores

@@ -14,7 +14,7 @@ from jaxtyping import Int32, UInt32
 
 from gptoss_jax.engine.limits import Limits, Program
 from gptoss_jax.engine.programs import Drawn, Programs, num_places, unpack
-from gptoss_jax.engine.request import SamplingParams
+from gptoss_jax.engine.request import SamplingParams, Token
 from gptoss_jax.engine.sampling import RowSettings
 from gptoss_jax.engine.sequence import Piece, Plan
 from gptoss_jax.engine.sequence import Sequence as Scheduled
@@ -33,12 +33,14 @@ class Result:
         logprobs: of each id.
         top: of each id the best ids in its place with their logprobs, as many as its request wants.
         is_broken: its scores are no numbers, and so there are no ids.
+        scores: of the prompt's ids behind those that the piece fed, where they are wanted.
     """
 
     ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
     top: Sequence[tuple[tuple[int, float], ...]] = ()
     is_broken: bool = False
+    scores: Sequence[Token] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,8 @@ class Runner:
         slot = sequence.slot
         assert slot is not None, sequence
         self._staging.admit(slot)
+        if sequence.prompt_logprobs:
+            sampling = dataclasses.replace(sampling, logprobs=max(sequence.prompt_logprobs, sampling.logprobs or 0))
         self._set(slot, sampling)
         if sampling.penalises:
             ids = np.array(sequence.ids, np.int32)
@@ -146,18 +150,20 @@ class Runner:
             self._settings_there = self._programs.put(step.settings)
         for history in step.histories:
             self._state = self._programs.remember(self._state, history.slot, history.ids, num_prompt=history.num_prompt)
-        results, self._state = self._programs.step(
+        results, scores, self._state = self._programs.step(
             step.program, self._state, self._settings_there, step.words, step.allowed
         )
-        return unpack(np.asarray(results))
+        return unpack(np.asarray(results), scores)
 
     def results(self, plan: Plan, drawn: Drawn) -> list[Result]:
         """What was sampled, by piece."""
         ids, logprobs = drawn.ids.tolist(), drawn.logprobs.tolist()
+        scores = self._prompt_scores(plan, drawn)
         found = []
         for place, piece in _pieces(plan):
+            scored = scores.get(piece.sequence.id)
             if not piece.samples:
-                found.append(Result())
+                found.append(Result(scores=scored))
                 continue
             end = place + 1
             for guess in piece.draft:
@@ -165,10 +171,10 @@ class Runner:
                     break
                 end += 1
             if min(ids[place:end]) < 0:
-                found.append(Result(is_broken=True))
+                found.append(Result(is_broken=True, scores=scored))
                 continue
             top = [self._top(piece, drawn, i) for i in range(place, end)]
-            found.append(Result(ids[place:end], logprobs[place:end], top))
+            found.append(Result(ids[place:end], logprobs[place:end], top, scores=scored))
         return found
 
     def reset(self) -> None:
@@ -196,6 +202,19 @@ class Runner:
                 assert not piece.draft, "what may come after a draft depends on the draft"
                 masks[place, : len(mask)] = mask
         return masks
+
+    def _prompt_scores(self, plan: Plan, drawn: Drawn) -> dict[int, list[Token]]:
+        """By sequence, for those whose prompt is scored."""
+        rows = [(row, piece) for row, piece in enumerate(plan.prefill) if piece.sequence.prompt_logprobs is not None]
+        if not rows:
+            return {}
+        told = drawn.prompt_scores()
+        return {
+            piece.sequence.id: told.tokens(
+                row * plan.program.prefill_width, piece.scored, num_top=piece.sequence.prompt_logprobs or 0
+            )
+            for row, piece in rows
+        }
 
     def _top(self, piece: Piece, drawn: Drawn, place: int) -> tuple[tuple[int, float], ...]:
         slot = piece.sequence.slot

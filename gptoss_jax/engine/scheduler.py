@@ -353,6 +353,8 @@ class Scheduler:
         sequence.state, sequence.slot, sequence.prefill_end = "running", self._free_slots.pop(), end
         bisect.insort(self._running, sequence, key=_rank)
         self._cached_tokens += sequence.computed
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
         self._ledger.grow(sequence, end=sequence.computed + count)
         step.admitted.append(sequence)
         step.prefill.append(self._piece(sequence, count))

@@ -23,9 +23,11 @@ class Sequence:
         max_new_tokens: how many may be generated; whoever samples stops there, or earlier, by `Scheduler.finish`.
         priority: higher goes first; see `Limits.ageing`.
         leader: a sequence with the same prompt: this one waits for its first id and finds the prompt in the cache.
+        prompt_logprobs: the prompt's ids are scored, so that all of it has to be computed; see engine/request.py.
         num_prompt: how many of the ids are the prompt's.
         computed: positions whose keys and values lie in the pages.
         prefill_end: positions before it are computed in the prefill part, those after it in the decode part.
+        cached: positions that were found in the prefix cache when it was admitted first; None before.
         slot: None while it waits.
         full_pages: page ids by page number.
         sliding_pages: the same for sliding layers, equally long; None for those behind the window.
@@ -41,11 +43,13 @@ class Sequence:
     max_new_tokens: int
     priority: int = 0
     leader: "Sequence | None" = None
+    prompt_logprobs: int | None = None
 
     num_prompt: int = dataclasses.field(init=False)
     state: Literal["new", "waiting", "running", "finished"] = dataclasses.field(default="new", init=False)
     computed: int = dataclasses.field(default=0, init=False)
     prefill_end: int = dataclasses.field(default=0, init=False)
+    cached: int | None = dataclasses.field(default=None, init=False)
     slot: int | None = dataclasses.field(default=None, init=False)
     full_pages: list[int] = dataclasses.field(default_factory=list, init=False)
     sliding_pages: list[int | None] = dataclasses.field(default_factory=list, init=False)
@@ -81,6 +85,14 @@ class Piece:
     def tokens(self) -> list[int]:
         """The `count` ids to feed."""
         return [*self.sequence.ids[self.start : self.start + self.count - len(self.draft)], *self.draft]
+
+    @property
+    def scored(self) -> list[int]:
+        """The ids of the prompt that are scored: those behind the first of the ids to feed, the second, …"""
+        sequence = self.sequence
+        if sequence.prompt_logprobs is None:
+            return []
+        return sequence.ids[self.start + 1 : min(self.start + self.count + 1, sequence.num_prompt)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from jaxtyping import Int32
 from gptoss_jax.engine.limits import Limits, Program
 from gptoss_jax.engine.sequence import Piece, Plan
 
+NOT_ASKED = -1
+
 
 @dataclasses.dataclass(frozen=True)
 class PartWords:
@@ -27,6 +29,7 @@ class PartWords:
         num_prompt: [B], ids of the row's prompt: what stands behind them was generated.
         num_sampled: [B], after how many of the row's last tokens an id is wanted.
         full_table: [B, J], as in model/paged.py; so is sliding_table.
+        targets: [B, T], the id behind each token whose logprob is wanted; -1 where none is.
     """
 
     tokens: Any
@@ -37,11 +40,12 @@ class PartWords:
     num_sampled: Any
     full_table: Any
     sliding_table: Any
+    targets: Any
 
     @staticmethod
     def shapes(rows: int, width: int, table_width: int) -> tuple[tuple[int, ...], ...]:
         """Of the fields, in their order."""
-        return ((rows, width), *[(rows,)] * 5, (rows, table_width), (rows, table_width))
+        return ((rows, width), *[(rows,)] * 5, (rows, table_width), (rows, table_width), (rows, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +114,14 @@ class Staging:
 
     def _fill(self, part: PartWords, pieces: Sequence[Piece]) -> None:
         slots = []
+        part.targets[...] = NOT_ASKED
         for row, piece in enumerate(pieces):
             slot = piece.sequence.slot
             assert slot is not None, piece
             slots.append(slot)
             part.tokens[row, : piece.count] = piece.tokens
+            if targets := piece.scored:
+                part.targets[row, : len(targets)] = targets
             self._learn_pages(slot, piece)
         num = len(slots)
         part.slots[:num] = slots

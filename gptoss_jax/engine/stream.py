@@ -11,16 +11,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from gptoss_jax.engine.request import Event, Finished, Token
+from gptoss_jax.engine.request import Event, Finished, PromptScores, Token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One continuation in full."""
+    """One continuation in full; the scores of the prompt's ids, where they were asked for, are told with the first."""
 
     index: int
     tokens: tuple[Token, ...]
     finished: Finished
+    prompt_scores: tuple[Token, ...] | None = None
 
     @property
     def ids(self) -> list[int]:
@@ -154,12 +155,17 @@ def _locked() -> threading.Lock:
 
 def _answers(events: Iterable[Event]) -> list[Answer]:
     tokens: dict[int, list[Token]] = {}
+    scores: dict[int, tuple[Token, ...]] = {}
     ends: dict[int, Finished] = {}
     for event in events:
-        if isinstance(event, Finished):
-            ends[event.index] = event
-        else:
-            tokens.setdefault(event.index, []).append(event)
+        match event:
+            case Finished():
+                ends[event.index] = event
+            case PromptScores():
+                scores[event.index] = event.tokens
+            case Token():
+                tokens.setdefault(event.index, []).append(event)
     return [
-        Answer(index=index, tokens=tuple(tokens.get(index, ())), finished=end) for index, end in sorted(ends.items())
+        Answer(index=i, tokens=tuple(tokens.get(i, ())), finished=end, prompt_scores=scores.get(i))
+        for i, end in sorted(ends.items())
     ]

@@ -6,7 +6,7 @@ A sequence whose prompt begins with BROKEN has no scores behind its third id.
 from collections.abc import Sequence
 
 from gptoss_jax.engine.limits import Limits
-from gptoss_jax.engine.request import Request, SamplingParams
+from gptoss_jax.engine.request import Request, SamplingParams, Token
 from gptoss_jax.engine.runner import Result
 
 VOCAB = 50
@@ -62,12 +62,15 @@ class FakeRunner:
 
     def results(self, plan, drawn):
         pieces = (*plan.decode, *plan.prefill)
-        return [self._result(piece.sequence, ids) for piece, ids in zip(pieces, drawn, strict=True)]
+        return [self._result(piece, ids) for piece, ids in zip(pieces, drawn, strict=True)]
 
-    def _result(self, sequence, ids):
+    def _result(self, piece, ids):
+        sequence, scores = piece.sequence, None
+        if sequence.prompt_logprobs is not None:
+            scores = [Token(0, i, -float(i)) for i in piece.scored]
         if ids and sequence.ids[: len(BROKEN)] == BROKEN and len(sequence.ids) - sequence.num_prompt >= 3:
             return Result(is_broken=True)
-        return Result(ids, [-float(i) for i in ids], [((i, -float(i)),) for i in ids])
+        return Result(ids, [-float(i) for i in ids], [((i, -float(i)),) for i in ids], scores=scores)
 
     def _run_piece(self, piece, allowed):
         size, sequence = self.limits.page_size, piece.sequence

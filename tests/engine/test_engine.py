@@ -11,7 +11,7 @@ import pytest
 
 from gptoss_jax.engine.engine import Engine
 from gptoss_jax.engine.limits import Limits, Program
-from gptoss_jax.engine.request import Finished, Request, SamplingParams, Token
+from gptoss_jax.engine.request import Finished, PromptScores, Request, SamplingParams, Token
 from gptoss_jax.engine.scheduler import QueueFull
 from gptoss_jax.errors import UserError
 from tests.engine.fake import BROKEN, VOCAB, FakeRunner, expected_ids
@@ -92,6 +92,30 @@ def test_a_stop_id_is_the_last(engine: Engine):
     (answer,) = engine.submit(request(stop_ids={ids[4]})).result()
     assert answer.ids == ids[: ids.index(ids[4]) + 1]
     assert answer.finished == Finished(0, "stop")
+
+
+def test_a_prompt_may_be_scored_and_nothing_generated(engine: Engine):
+    prompt = [number % VOCAB for number in range(30)]
+    for max_new_tokens in (0, 2):
+        asked = request(prompt, max_new_tokens, prompt_logprobs=0)
+        events = list(engine.submit(asked))
+        assert events[0] == PromptScores(0, tuple(Token(0, i, -float(i)) for i in prompt[1:]))
+        assert [event.id for event in events[1:-1]] == expected_ids(asked)
+        assert events[-1] == Finished(0, "length")
+    (answer,) = engine.submit(request([7], 0, prompt_logprobs=0)).result()
+    assert (answer.ids, answer.prompt_scores) == ([], ())
+    with pytest.raises(UserError, match="max_new_tokens is 0; expected at least 1"):
+        engine.submit(request(prompt, 0))
+    with pytest.raises(UserError, match="prompt_logprobs is 21; expected 0 to 20"):
+        engine.submit(request(prompt, 0, prompt_logprobs=21))
+
+
+def test_an_answer_says_how_much_of_its_prompt_was_cached(engine: Engine):
+    prompt = [number % VOCAB for number in range(30)]
+    cached = [engine.submit(request(prompt, **asked)).result()[0].finished.cached_tokens for asked in ({}, {})]
+    assert cached == [0, 28]  # whole pages of 4, and one position is left to compute
+    (scored,) = engine.submit(request(prompt, prompt_logprobs=0)).result()
+    assert scored.finished.cached_tokens == 0  # what is not computed has no score
 
 
 def test_async_for_reads_the_same(engine: Engine):
@@ -226,6 +250,7 @@ def random_request(rng: random.Random) -> Request:
         priority=rng.choice([0, 0, 0, 1, 5]),
         stop_ids=rng.sample(range(VOCAB), rng.choice([0, 1])),
         sampling=SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(5)),
+        prompt_logprobs=rng.choice([None, None, None, 0]),
     )
 
 
@@ -250,9 +275,18 @@ def test_random_requests_a_quarter_of_them_aborted(limits: Limits):
         assert (0 < stats.accepted_tokens < stats.proposed_tokens) == (limits is DRAFTING)
 
 
+def check_prompt_scores(asked: Request, answers) -> None:
+    """Each id of the prompt once, however often a preemption began again; only the first continuation tells them."""
+    assert all(answer.prompt_scores is None for answer in answers[1:])
+    if answers[0].finished.reason != "abort" or answers[0].tokens:
+        expected = None if asked.prompt_logprobs is None else tuple(Token(0, i, -float(i)) for i in asked.prompt[1:])
+        assert answers[0].prompt_scores == expected
+
+
 def check_answers(asked: Request, stream, *, may_be_cut: bool) -> None:
     answers = stream.result()
     assert [answer.index for answer in answers] == list(range(asked.n))
+    check_prompt_scores(asked, answers)
     for answer in answers:
         expected = expected_ids(asked, answer.index)
         if answer.finished.reason == "abort":

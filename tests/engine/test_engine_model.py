@@ -238,6 +238,32 @@ def test_logprobs_are_those_of_a_whole_forward(engine: Engine, model: GptOss):
         np.testing.assert_allclose(token.logprob, row[token.id], atol=1e-4)
 
 
+def check_prompt_scores(engine: Engine, model: GptOss) -> None:
+    """Of prompts of many chunks and of one, beside others that want none."""
+    rng = random.Random(6)
+    prompts = [rng.choices(range(CONFIG.vocab_size), k=k) for k in (75, 33, 2)]
+    asked = [Request(prompt=each, max_new_tokens=0, prompt_logprobs=4 - k) for k, each in enumerate(prompts)]
+    company = engine.submit(random_request(rng))
+    streams = [engine.submit(each) for each in asked]
+    for request, stream in zip(asked, streams, strict=True):
+        (answer,) = stream.result()
+        logits = np.asarray(model(jnp.array([request.prompt])), np.float64)[0, :-1]
+        expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        assert answer.prompt_scores is not None
+        assert [token.id for token in answer.prompt_scores] == request.prompt[1:]
+        for row, token in zip(expected, answer.prompt_scores, strict=True):
+            best = np.argsort(-row)[: request.prompt_logprobs].tolist()
+            assert [i for i, _ in token.top] == best
+            # float32 logits of a few units, computed in another order
+            np.testing.assert_allclose([logprob for _, logprob in token.top], row[best], atol=1e-4)
+            np.testing.assert_allclose(token.logprob, row[token.id], atol=1e-4)
+    company.result()
+
+
+def test_scores_of_a_prompt_are_those_of_a_whole_forward(engine: Engine, model: GptOss):
+    check_prompt_scores(engine, model)
+
+
 class Multiples:
     """Allows multiples of three, then of two, by turns."""
 
@@ -317,6 +343,7 @@ def test_on_eight_devices(model: GptOss, axes: dict[str, int]):
     rng = random.Random(9)
     with open_engine(spread, LIMITS) as engine:
         serve(engine, model, [random_request(rng) for _ in range(24)], aborted=[3, 11])
+        check_prompt_scores(engine, model)
         assert_nothing_leaked(engine)
 
 
