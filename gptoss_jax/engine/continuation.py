@@ -39,7 +39,6 @@ class Continuation:
 
     Attributes:
         sampling: its settings, with its own seed.
-        allowed: the ids that its constraint allows next, as bits; None where it has none.
         unread: the events that were not delivered yet.
         finished: whether the last of them is the last of all.
         cached_tokens: ids of the prompt that were found in the prefix cache.
@@ -70,7 +69,7 @@ class Continuation:
         self._held: deque[_Held] = deque()
         self._vocab_size = vocab_size
         self._constraint: Constraint | None = request.constraint() if request.constraint is not None else None
-        self.allowed: np.ndarray | None = self._allowed()
+        self._mask: np.ndarray | None = None if self._constraint is None else self._ask(self._constraint)
         # What a penalty or a constraint makes of a score depends on the ids before, which a guess might be one of.
         guesses = draft_tokens and self._constraint is None and not self.sampling.penalises
         self._lookup = PromptLookup(request.prompt) if guesses else None
@@ -79,6 +78,21 @@ class Continuation:
     def draft(self) -> Sequence[int]:
         """Ids that may come next."""
         return self._lookup.propose(min(self._draft_tokens, self._left - 1)) if self._lookup is not None else ()
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether `mask` is to be asked before an id is drawn."""
+        return self._constraint is not None
+
+    def mask(self) -> np.ndarray | None:
+        """The ids that may come next, as bits. A mistake in the caller's constraint ends this continuation: None."""
+        assert self._constraint is not None
+        if self._mask is None:
+            try:
+                self._mask = self._ask(self._constraint)
+            except Exception as error:
+                self.finish("error", message=describe(error))
+        return self._mask
 
     def take_unread(self) -> list[Event]:
         """The events that were not delivered yet."""
@@ -133,7 +147,7 @@ class Continuation:
             self.finish("length")
         if self._constraint is not None and not self.finished:
             self._constraint.accept(token.id)
-            self.allowed = self._allowed()
+            self._mask = None
 
     def _look_for_stops(self, token: Token, search: StopSearch) -> None:
         """Holds the token back, and tells those that are out of every stop string's reach."""
@@ -155,10 +169,8 @@ class Continuation:
         self.unread.append(end)
         self.finished = True
 
-    def _allowed(self) -> np.ndarray | None:
-        if self._constraint is None:
-            return None
-        allowed = np.asarray(self._constraint.mask())
+    def _ask(self, constraint: Constraint) -> np.ndarray:
+        allowed = np.asarray(constraint.mask())
         words = -(-self._vocab_size // 32)
         if allowed.shape != (words,) or allowed.dtype != np.uint32:
             raise UserError(

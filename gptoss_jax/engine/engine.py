@@ -15,7 +15,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -49,8 +49,9 @@ class StepRunner(Protocol):
     def num_programs(self) -> int: ...
     def admit(self, sequence: Scheduled, sampling: SamplingParams) -> None: ...
     def retire(self, slot: int) -> None: ...
-    def stage(self, plan: Plan, *, allowed: Mapping[int, np.ndarray]) -> StepInput: ...
-    def execute(self, step: StepInput) -> Drawn: ...
+    def stage(self, plan: Plan, *, is_masked: bool) -> StepInput: ...
+    def masks(self, plan: Plan, allowed: Mapping[int, np.ndarray]) -> np.ndarray: ...
+    def execute(self, step: StepInput, masks: Callable[[], np.ndarray]) -> Drawn: ...
     def results(self, plan: Plan, drawn: Drawn) -> Sequence[Result]: ...
     def reset(self) -> None: ...
 
@@ -265,9 +266,10 @@ class Engine:
                 continuation = self._entries[sequence.id].continuation
                 continuation.cached_tokens = sequence.cached or 0
                 self._runner.admit(sequence, continuation.sampling)
-            step = self._runner.stage(plan, allowed=_allowed(pieces, entries))
+            constrained = _constrained(pieces, entries)
+            step = self._runner.stage(plan, is_masked=bool(constrained))
             started = time.perf_counter()
-            drawn = self._runner.execute(step)
+            drawn = self._runner.execute(step, lambda: self._runner.masks(plan, _masks(constrained)))
             ended = time.perf_counter()
             results = self._runner.results(plan, drawn)
         except Exception as error:
@@ -287,6 +289,7 @@ class Engine:
                 entry.continuation.score_prompt(piece.start + 1, result.scores)
             if result.is_broken:
                 entry.continuation.finish("error", message="the model's scores are no numbers")
+            if entry.continuation.finished:  # by an error of this step
                 self._release(entry)
             elif result.ids:
                 index = entry.continuation.index
@@ -294,8 +297,8 @@ class Engine:
                 taken[entry.sequence.id] = entry.continuation.advance(Token(index, *each) for each in drawn)
                 self._counts.generated_tokens += len(taken[entry.sequence.id])
         self._scheduler.commit(plan, taken)
-        for entry, result in zip(entries, results, strict=True):
-            if entry.continuation.finished and not result.is_broken:
+        for entry in entries:
+            if entry.continuation.finished and entry.sequence.state != "finished":
                 self._release(entry)
         _deliver(entries)
 
@@ -366,14 +369,20 @@ def _warm_runner(model: GptOss, settings: EngineSettings) -> tuple[Runner, Limit
     return runner, limits
 
 
-def _allowed(pieces: Sequence[Piece], entries: Sequence[_Entry]) -> dict[int, np.ndarray]:
-    """By slot, the bits of those that have a constraint and sample."""
+def _constrained(pieces: Sequence[Piece], entries: Sequence[_Entry]) -> list[_Entry]:
+    """Those that have a constraint and sample."""
+    both = zip(pieces, entries, strict=True)
+    return [entry for piece, entry in both if piece.samples and entry.continuation.is_constrained]
+
+
+def _masks(constrained: Iterable[_Entry]) -> dict[int, np.ndarray]:
+    """By slot. A constraint that fails ends its continuation, and then anything may come: nobody is told of it."""
     found = {}
-    for piece, entry in zip(pieces, entries, strict=True):
-        allowed = entry.continuation.allowed
-        if allowed is not None and piece.samples:
-            assert piece.sequence.slot is not None
-            found[piece.sequence.slot] = allowed
+    for entry in constrained:
+        mask = entry.continuation.mask()
+        if mask is not None:
+            assert entry.sequence.slot is not None
+            found[entry.sequence.slot] = mask
     return found
 
 

@@ -9,10 +9,11 @@ A step is told through the service by which jax's processes know each other, as 
 do, but one that waits for an idle engine's next request runs into its time limit.
 """
 
+import functools
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gptoss_jax.engine.limits import Limits, Program
-from gptoss_jax.engine.programs import Drawn
+from gptoss_jax.engine.programs import Drawn, num_places
 from gptoss_jax.engine.request import SamplingParams
 from gptoss_jax.engine.runner import History, Result, Runner, StepInput
 from gptoss_jax.engine.sampling import RowSettings
@@ -33,7 +34,7 @@ from gptoss_jax.model.transformer import GptOss
 
 _KEPT = 64  # messages; a process that follows is one step behind at most, since a step takes all of them
 _PATIENCE = 10_000  # milliseconds of one question for the next message; then it is asked again
-_STEP, _RESET, _CLOSE = b"S", b"R", b"C"
+_STEP, _MASKS, _RESET, _CLOSE = b"S", b"M", b"R", b"C"
 _SETTINGS = jax.tree.structure(RowSettings.of([SamplingParams()]))
 
 _logger = logging.getLogger(__name__)
@@ -62,12 +63,20 @@ class LockstepRunner:
     def retire(self, slot: int) -> None:
         self._runner.retire(slot)
 
-    def stage(self, plan: Plan, *, allowed: Mapping[int, np.ndarray]) -> StepInput:
-        return self._runner.stage(plan, allowed=allowed)
+    def stage(self, plan: Plan, *, is_masked: bool) -> StepInput:
+        return self._runner.stage(plan, is_masked=is_masked)
 
-    def execute(self, step: StepInput) -> Drawn:
+    def masks(self, plan: Plan, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
+        return self._runner.masks(plan, allowed)
+
+    def execute(self, step: StepInput, masks: Callable[[], np.ndarray]) -> Drawn:
+        def told_masks() -> np.ndarray:
+            found = masks()
+            self._line.tell(_MASKS + found.tobytes())
+            return found
+
         self._line.tell(_STEP + write_step(step))
-        return self._runner.execute(step)
+        return self._runner.execute(step, told_masks)
 
     def results(self, plan: Plan, drawn: Drawn) -> Sequence[Result]:
         return self._runner.results(plan, drawn)
@@ -98,10 +107,19 @@ def execute_what_is_told(runner: Runner, limits: Limits) -> None:
             raise failed  # process 0 went on, so this was no mistake of the step
         else:
             try:
-                runner.execute(read_step(message[len(_STEP) :]))
+                step = read_step(message[len(_STEP) :])
+                runner.execute(step, functools.partial(_hear_masks, line, num_places(step.program)))
             except Exception as error:
                 _logger.exception("a step failed")
                 failed = error
+
+
+def _hear_masks(line: "_Line", num_places: int) -> np.ndarray:
+    message = line.hear()
+    if not message.startswith(_MASKS):
+        line.unhear()
+        raise RuntimeError("process 0 gave the step up before it told the masks")
+    return np.frombuffer(message, np.uint32, offset=len(_MASKS)).reshape(num_places, -1)
 
 
 def write_step(step: StepInput) -> bytes:
@@ -109,8 +127,6 @@ def write_step(step: StepInput) -> bytes:
     arrays = [step.words, *(history.ids for history in step.histories)]
     if step.settings is not None:
         arrays += [np.asarray(leaf) for leaf in jax.tree.leaves(step.settings)]
-    if step.allowed is not None:
-        arrays.append(step.allowed)
     head = {
         "program": [
             step.program.decode_rows,
@@ -120,6 +136,7 @@ def write_step(step: StepInput) -> bytes:
         ],
         "histories": [[history.slot, history.num_prompt] for history in step.histories],
         "has_settings": step.settings is not None,
+        "is_masked": step.is_masked,
         "arrays": [[array.dtype.name, array.shape] for array in arrays],
     }
     return json.dumps(head).encode() + b"\n" + b"".join(array.tobytes() for array in arrays)
@@ -140,14 +157,13 @@ def read_step(message: bytes) -> StepInput:
         histories.append(History(slot=slot, ids=arrays.pop(0), num_prompt=num_prompt))
     settings = None
     if head["has_settings"]:
-        settings = jax.tree.unflatten(_SETTINGS, arrays[: _SETTINGS.num_leaves])
-        del arrays[: _SETTINGS.num_leaves]
+        settings = jax.tree.unflatten(_SETTINGS, arrays)
     return StepInput(
         program=Program(*head["program"]),
         words=words,
         settings=settings,
         histories=tuple(histories),
-        allowed=arrays[0] if arrays else None,
+        is_masked=head["is_masked"],
     )
 
 
@@ -168,6 +184,10 @@ class _Line:
         if self._number >= _KEPT:
             self._client.key_value_delete(f"{self._name}/{self._number - _KEPT}")
         self._number += 1
+
+    def unhear(self) -> None:
+        """The last message is for the next who listens."""
+        self._number -= 1
 
     def hear(self) -> bytes:
         while True:

@@ -1,7 +1,8 @@
 """A step as a compiled program: words in, sampled ids out, pages updated in place. Knows arrays; knows no request.
 
     words ─► parts ─► model.extend_paged ─► the places behind which ids are wanted ─► logits ─► sample_rows ─► results
-
+                                                          └─ some are constrained ─► a program of its own: the same,
+                                                                                     with masks that are made meanwhile
 All is compiled before the first request, and calling a compiled program compiles nothing.
 """
 
@@ -87,25 +88,36 @@ class Programs:
         self._limits, self._mesh = limits, model.mesh
         self._num_scores = model.num_scores
         self._step = functools.partial(_step, graph=graph)
+        self._draw = functools.partial(_draw, graph=graph)
         self._steps: dict[Program, jax.stages.Compiled] = {}
-        self._nothing_forbidden: dict[Program, Array] = {}
+        self._draws: dict[int, jax.stages.Compiled] = {}  # by the number of places
         self._compile_state(functools.partial(_empty_state, model, limits, kv_dtype=kv_dtype))
 
     @property
     def num_compiled(self) -> int:
         """The small ones included."""
-        return 2 + len(self._steps)
+        return 2 + len(self._steps) + len(self._draws)
 
     def compile(self, program: Program) -> None:
-        """Makes a step callable."""
+        """Makes a step callable, and the drawing of its constrained places."""
         layout = StepLayout(program, table_width(self._limits))
         settings = RowSettings.of([SamplingParams()] * (self._limits.max_rows + 1))
-        masks = np.full((num_places(program), -(-self._num_scores // 32)), 0xFFFFFFFF, np.uint32)
-        inputs = self._whole((settings, np.zeros(layout.num_words, np.int32), masks))
-        outputs = None if self._shardings is None else (_whole(self._mesh), _whole(self._mesh), self._shardings)
+        inputs = self._whole((settings, np.zeros(layout.num_words, np.int32)))
+        outputs = None if self._shardings is None else (*[_whole(self._mesh)] * 3, self._shardings)
         jitted = jax.jit(functools.partial(self._step, layout=layout), donate_argnums=1, out_shardings=outputs)
-        self._steps[program] = jitted.lower(self._parameters, self._shapes, *inputs).compile()
-        self._nothing_forbidden[program] = self.put(masks)
+        lowered = jitted.lower(self._parameters, self._shapes, *inputs)
+        self._steps[program] = lowered.compile()
+        if num_places(program) not in self._draws:
+            _, _, places, state = lowered.out_info
+            self._compile_draw(self._whole(places), settings, state.counts)
+
+    def _compile_draw(self, places: Places, settings: RowSettings, counts: TokenCounts) -> None:
+        number = len(places.slots)
+        masks = np.zeros((number, -(-self._num_scores // 32)), np.uint32)
+        outputs = None if self._shardings is None else (_whole(self._mesh), self._shardings.counts)
+        jitted = jax.jit(self._draw, donate_argnums=2, out_shardings=outputs)
+        inputs = (places, self._shapes.counts, *self._whole((settings, masks)))
+        self._draws[number] = jitted.lower(self._parameters, *inputs).compile()
 
     def step(
         self,
@@ -113,17 +125,23 @@ class Programs:
         state: State,
         settings: RowSettings,
         words: Int32[np.ndarray, " words"],
-        allowed: UInt32[np.ndarray, "R masks"] | None = None,
-    ) -> tuple[Results, Scores, State]:
-        """What `unpack` reads, of each place and of each token of the prefill part, and the state afterwards.
+    ) -> tuple[Results, Scores, Places, State]:
+        """What `unpack` reads, of each place and of each token of the prefill part; the places; the state afterwards.
+
+        Where masks are waited for, nothing was drawn yet, and `draw` is to be called.
 
         Args:
             settings: of each slot, and a last row for places where nothing is wanted; from `put`.
             words: of the program's layout.
-            allowed: see sample_rows; None forbids nothing.
         """
-        masks = self._nothing_forbidden[program] if allowed is None else allowed
-        return self._steps[program](self._parameters, state, settings, words, masks)
+        return self._steps[program](self._parameters, state, settings, words)
+
+    def draw(
+        self, places: Places, state: State, settings: RowSettings, allowed: UInt32[np.ndarray, "R masks"]
+    ) -> tuple[Results, State]:
+        """The results of a step that waited for these masks, see sample_rows, and the state afterwards."""
+        results, counts = self._draws[len(allowed)](self._parameters, places, state.counts, settings, allowed)
+        return results, State(state.cache, counts)
 
     def empty_state(self) -> State:
         """Pages of zeros and no counts."""
@@ -251,33 +269,60 @@ def _step(
     state: State,
     settings: RowSettings,
     words: Int[Array, " words"],
-    allowed: UInt32[Array, "R masks"],
     *,
     graph: Graph,
     layout: StepLayout,
-) -> tuple[Results, Scores, State]:
+) -> tuple[Results, Scores, Places, State]:
     model = graph.merge(parameters)
     fields = layout.fields(words)
     hidden, cache = model.extend_paged([_part(part) for part in fields], state.cache)
     places = _places(layout.program, fields, hidden)
+    is_masked = words[-1] != 0
+    results, counts = _sample(model, places, state.counts, settings, is_wanted=places.is_wanted & ~is_masked)
+    if layout.program.prefill_rows:
+        scores = _prompt_scores(model, fields[-1], hidden[-1], settings)
+    else:
+        scores = jnp.zeros((0, _NUM_FIELDS), jnp.int32)
+    return results, scores, places, State(cache, counts)
+
+
+def _draw(
+    parameters: list[Array],
+    places: Places,
+    counts: TokenCounts,
+    settings: RowSettings,
+    allowed: UInt32[Array, "R masks"],
+    *,
+    graph: Graph,
+) -> tuple[Results, TokenCounts]:
+    """What a step does in its end, where masks were waited for."""
+    model = graph.merge(parameters)
+    return _sample(model, places, counts, settings, is_wanted=places.is_wanted, allowed=allowed)
+
+
+def _sample(
+    model: GptOss,
+    places: Places,
+    counts: TokenCounts,
+    settings: RowSettings,
+    *,
+    is_wanted: Bool[Array, " R"],
+    allowed: UInt32[Array, "R masks"] | None = None,
+) -> tuple[Results, TokenCounts]:
     # The last row of the settings asks for nothing, so that what nobody wants costs nothing.
-    own = settings.rows(jnp.where(places.is_wanted, places.slots, len(settings.seed) - 1))
+    own = settings.rows(jnp.where(is_wanted, places.slots, len(settings.seed) - 1))
 
     def sample() -> Sampled:
         none = jnp.zeros((len(places.slots), 0), jnp.int32)
-        said = RowCounts(state.counts, places.slots, drafts=none)
+        said = RowCounts(counts, places.slots, drafts=none)
         return sample_rows(model.logits(places.hidden), own, index=places.index, counts=said, allowed=allowed)
 
     def skip() -> Sampled:
         """Prompts that have further chunks: the unembedding, a quarter of a small step, is not read."""
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sample))
 
-    sampled = lax.cond(jnp.any(places.is_wanted), sample, skip)
-    if layout.program.prefill_rows:
-        scores = _prompt_scores(model, fields[-1], hidden[-1], settings)
-    else:
-        scores = jnp.zeros((0, _NUM_FIELDS), jnp.int32)
-    return _pack(sampled), scores, State(cache, _count(state.counts, places, own, sampled))
+    sampled = lax.cond(jnp.any(is_wanted), sample, skip)
+    return _pack(sampled), _count(counts, places, own, sampled)
 
 
 def _prompt_scores(model: GptOss, part: PartWords, hidden: Float[Array, "B T D"], settings: RowSettings) -> Scores:

@@ -4,7 +4,7 @@ One process stages a plan and executes it; of several, one stages, and all execu
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +61,14 @@ class StepInput:
         words: see staging.py.
         settings: of all slots; None if they are those of the step before.
         histories: of slots that are new.
-        allowed: of each place the ids that may come, as bits; None allows all.
+        is_masked: some places are constrained; which ids may come is said while the step runs.
     """
 
     program: Program
     words: Int32[np.ndarray, " words"]
     settings: RowSettings | None = None
     histories: tuple[History, ...] = ()
-    allowed: UInt32[np.ndarray, "R masks"] | None = None
+    is_masked: bool = False
 
 
 class Runner:
@@ -129,30 +129,49 @@ class Runner:
         Args:
             allowed: by slot which ids may come next, as bits; slots that are not named are free.
         """
-        return self.results(plan, self.execute(self.stage(plan, allowed=allowed)))
+        step = self.stage(plan, is_masked=bool(allowed))
+        return self.results(plan, self.execute(step, lambda: self.masks(plan, allowed or {})))
 
-    def stage(self, plan: Plan, *, allowed: Mapping[int, UInt32[np.ndarray, " masks"]] | None = None) -> StepInput:
+    def stage(self, plan: Plan, *, is_masked: bool = False) -> StepInput:
         """What `execute` needs, here or in other processes; it holds until the next call."""
         settings = self._settings if self._has_new_settings else None
         histories, self._histories = tuple(self._histories), []
         self._has_new_settings = False
         return StepInput(
             program=plan.program,
-            words=self._staging.stage(plan),
+            words=self._staging.stage(plan, is_masked=is_masked),
             settings=settings,
             histories=histories,
-            allowed=self._masks(plan, allowed) if allowed else None,
+            is_masked=is_masked,
         )
 
-    def execute(self, step: StepInput) -> Drawn:
-        """Runs the program, and waits for what it sampled in each place."""
+    def masks(self, plan: Plan, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Of each place of a plan; slots that are not named are free."""
+        masks = np.full((num_places(plan.program), self._mask_words), 0xFFFFFFFF, np.uint32)
+        for place, piece in _pieces(plan):
+            mask = allowed.get(piece.sequence.slot) if piece.sequence.slot is not None else None
+            if mask is not None:
+                assert not piece.draft, "what may come after a draft depends on the draft"
+                masks[place, : len(mask)] = mask
+        return masks
+
+    def execute(self, step: StepInput, masks: Callable[[], UInt32[np.ndarray, "R masks"]] | None = None) -> Drawn:
+        """Runs the program, and waits for what it sampled in each place.
+
+        Args:
+            step: from `stage`.
+            masks: is asked while the devices compute; of each place the ids that may come, as bits.
+        """
         if step.settings is not None:
             self._settings_there = self._programs.put(step.settings)
         for history in step.histories:
             self._state = self._programs.remember(self._state, history.slot, history.ids, num_prompt=history.num_prompt)
-        results, scores, self._state = self._programs.step(
-            step.program, self._state, self._settings_there, step.words, step.allowed
+        results, scores, places, self._state = self._programs.step(
+            step.program, self._state, self._settings_there, step.words
         )
+        if step.is_masked:
+            assert masks is not None, step
+            results, self._state = self._programs.draw(places, self._state, self._settings_there, masks())
         return unpack(np.asarray(results), scores)
 
     def results(self, plan: Plan, drawn: Drawn) -> list[Result]:
@@ -193,15 +212,6 @@ class Runner:
         jax.tree.map(put, self._settings, RowSettings.of([sampling]))
         self._sampling[slot] = sampling
         self._has_new_settings = True
-
-    def _masks(self, plan: Plan, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
-        masks = np.full((num_places(plan.program), self._mask_words), 0xFFFFFFFF, np.uint32)
-        for place, piece in _pieces(plan):
-            mask = allowed.get(piece.sequence.slot) if piece.sequence.slot is not None else None
-            if mask is not None:
-                assert not piece.draft, "what may come after a draft depends on the draft"
-                masks[place, : len(mask)] = mask
-        return masks
 
     def _prompt_scores(self, plan: Plan, drawn: Drawn) -> dict[int, list[Token]]:
         """By sequence, for those whose prompt is scored."""

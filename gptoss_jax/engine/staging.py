@@ -57,7 +57,8 @@ class StepLayout:
 
     @property
     def num_words(self) -> int:
-        return sum(math.prod(shape) for part in self._parts() for shape in part)
+        """Those of the parts, and one that says whether masks are waited for."""
+        return sum(math.prod(shape) for part in self._parts() for shape in part) + 1
 
     def fields(self, words: Any) -> tuple[PartWords, ...]:
         """Decode, then prefill."""
@@ -103,14 +104,16 @@ class Staging:
         """Those of the program's last plan."""
         return self._words[program]
 
-    def stage(self, plan: Plan) -> Int32[np.ndarray, " words"]:
+    def stage(self, plan: Plan, *, is_masked: bool) -> Int32[np.ndarray, " words"]:
         """The words of the plan, until the next plan of the same program."""
         parts = iter(self._fields[plan.program])
         if plan.program.decode_rows:
             self._fill(next(parts), plan.decode)
         if plan.program.prefill_rows:
             self._fill(next(parts), plan.prefill)
-        return self._words[plan.program]
+        words = self._words[plan.program]
+        words[-1] = is_masked
+        return words
 
     def _fill(self, part: PartWords, pieces: Sequence[Piece]) -> None:
         slots = []

@@ -98,7 +98,7 @@ def test_an_engine_is_measured_under_load(tiny_hf: Path, tmp_path: Path, capsys:
         ("latency --rates=-1", "--rates is '-1'; expected requests per second"),
         ("latency --requests 0", "--requests is 0; expected more than 0"),
         ("overhead --rows 8 --max-rows 4", "--rows asks for 8 running requests; the engine runs 4"),
-        ("throughput --cache-tokens 64", "give a smaller max_context or a greater cache_tokens"),
+        ("throughput --cache-tokens 64", "give a smaller max_context or a greater cache"),
         ("throughput --plot plot.pdf", "plot.pdf ends in '.pdf'; expected .png or .svg"),
         ("decode --plot plot.png", "--plot draws throughput and latency, which are not measured: add one of them"),
         ("throughput --checkpoint nowhere", "nowhere is no folder"),

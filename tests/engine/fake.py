@@ -51,13 +51,17 @@ class FakeRunner:
     def retire(self, slot):
         del self.slots[slot]
 
-    def stage(self, plan, *, allowed):
-        return plan, allowed
+    def stage(self, plan, *, is_masked):
+        return plan, is_masked
 
-    def execute(self, step):
-        plan, allowed = step
+    def masks(self, plan, allowed):
+        return allowed
+
+    def execute(self, step, masks):
+        plan, is_masked = step
         self.before_run(plan)
         assert plan.program in self.limits.programs
+        allowed = masks() if is_masked else {}
         return [self._run_piece(piece, allowed) for piece in (*plan.decode, *plan.prefill)]
 
     def results(self, plan, drawn):

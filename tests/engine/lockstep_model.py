@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gptoss_jax.engine.request import Request, SamplingParams
@@ -19,8 +20,27 @@ SETTINGS_OF_REQUESTS = (
     SamplingParams(seed=4, repetition_penalty=1.3, presence_penalty=0.5),
     SamplingParams(seed=5, top_k=9, top_p=0.9),
 )
+
+
+class OddIds:
+    """A constraint."""
+
+    def mask(self) -> np.ndarray:
+        return np.full(CONFIG.vocab_size // 32, 0xAAAAAAAA, np.uint32)
+
+    def accept(self, token_id: int) -> None:
+        assert token_id % 2
+
+
 REQUESTS = tuple(
-    Request(prompt=range(10 + 7 * i), max_new_tokens=12, sampling=sampling, stop_ids=(), n=1 + i % 2)
+    Request(
+        prompt=range(10 + 7 * i),
+        max_new_tokens=12,
+        sampling=sampling,
+        stop_ids=(),
+        n=1 + i % 2,
+        constraint=OddIds if i == 2 else None,
+    )
     for i, sampling in enumerate(SETTINGS_OF_REQUESTS)
 )
 

@@ -24,7 +24,7 @@ def main() -> None:
 
     steps = []
     execute = runner.Runner.execute
-    runner.Runner.execute = lambda self, step: (steps.append(step.program), execute(self, step))[1]
+    runner.Runner.execute = lambda self, step, *masks: (steps.append(step.program), execute(self, step, *masks))[1]
     model = make_model(make_mesh(expert=2, tensor=2))
     ids = None
     if is_first():

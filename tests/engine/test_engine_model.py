@@ -296,9 +296,9 @@ class FailsAfterAStep:
     def __getattr__(self, name):
         return getattr(self.runner, name)
 
-    def execute(self, step):
+    def execute(self, step, masks):
         self.steps += 1
-        sampled = self.runner.execute(step)
+        sampled = self.runner.execute(step, masks)
         if self.steps == 3:
             raise RuntimeError("the device is gone")
         return sampled

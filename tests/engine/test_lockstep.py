@@ -30,7 +30,12 @@ def test_two_processes_answer_as_one_device():
         for index, ids in enumerate(answers):
             sampling = request.sampling.of_continuation(index)
             expected = generate(
-                model, request.prompt, max_new_tokens=request.max_new_tokens, sampling=sampling, stop_ids=()
+                model,
+                request.prompt,
+                max_new_tokens=request.max_new_tokens,
+                sampling=sampling,
+                stop_ids=(),
+                constraint=request.constraint,
             )
             assert ids == list(expected)
     assert told["steps"] == followed["steps"] > 20
@@ -46,15 +51,15 @@ def test_a_step_arrives_as_it_was_sent(is_full: bool):
             words=step.words,
             settings=RowSettings.of([SamplingParams(seed=2**32 - 1), SamplingParams(logit_bias={5: -1.5})]),
             histories=tuple(histories),
-            allowed=np.array([[1, 2**31], [0, 7]], np.uint32),
+            is_masked=True,
         )
     found = read_step(write_step(step))
     assert found.program == step.program
     assert [(h.slot, h.num_prompt) for h in found.histories] == [(h.slot, h.num_prompt) for h in step.histories]
-    assert (found.settings is None, found.allowed is None) == (not is_full, not is_full)
+    assert (found.settings is None, found.is_masked) == (not is_full, is_full)
 
     def arrays(step: StepInput) -> list:
-        return [step.words, *(h.ids for h in step.histories), *jax.tree.leaves((step.settings, step.allowed))]
+        return [step.words, *(h.ids for h in step.histories), *jax.tree.leaves(step.settings)]
 
     for own, other in zip(arrays(step), arrays(found), strict=True):
         assert own.dtype == other.dtype
