@@ -11,7 +11,7 @@ from gptoss_jax.errors import UserError
 Spread = Literal["even", "none"]
 
 SPREADS: dict[Spread, str] = {
-    "even": "each length drawn apart from the others, evenly from half of its mean to one and a half of it",
+    "even": "lengths from half of the mean to one and a half of it at equal distances, shuffled",
     "none": "all alike",
 }
 
@@ -49,8 +49,9 @@ def requests(lengths: Lengths, number: int, *, vocab_size: int, rng: np.random.G
     """
 
     def draw(mean: int) -> np.ndarray:
+        """The middles of `number` equal slices of the range, shuffled: their mean is the same for any number."""
         low, high = _bounds(mean, lengths.spread)
-        return rng.integers(low, high, size=number, endpoint=True)
+        return np.floor(low + (high - low + 1) * (rng.permutation(number) + 0.5) / number).astype(int)
 
     sizes = zip(draw(lengths.prompt_tokens).tolist(), draw(lengths.new_tokens).tolist(), strict=True)
     seeds = rng.integers(2**32, size=number).tolist()

@@ -88,6 +88,13 @@ def test_lengths_are_as_stated(rng: np.random.Generator):
         deviation = ((high - low + 1) ** 2 - 1) / 12  # of one length, squared
         assert statistics.fmean(sizes) == pytest.approx((low + high) / 2, abs=4 * (deviation / 3000) ** 0.5)
     assert LENGTHS.longest == 25
+    for number in (1, 2, 7, 64):  # so that a point of few requests is not one of long prompts
+        some = requests(LENGTHS, number, vocab_size=VOCAB, rng=rng)
+        for mean, sizes in (
+            (LENGTHS.prompt_tokens, [len(request.prompt) for request in some]),
+            (LENGTHS.new_tokens, [request.max_new_tokens for request in some]),
+        ):
+            assert abs(np.mean(sizes) - mean) <= 1
     alike = requests(dataclasses.replace(LENGTHS, spread="none"), 5, vocab_size=VOCAB, rng=rng)
     assert [(len(request.prompt), request.max_new_tokens) for request in alike] == [(11, 6)] * 5
     assert len({tuple(request.prompt) for request in alike}) == len({r.sampling.seed for r in alike}) == 5
