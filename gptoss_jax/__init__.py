@@ -7,15 +7,20 @@ __version__ = "0.1.0"
 
 # Each name and the module it lives in; __init__.pyi says the same to type checkers.
 _HOMES = {
+    "Chat": "gptoss_jax.chat",
     "Engine": "gptoss_jax.engine.engine",
     "EngineSettings": "gptoss_jax.engine.settings",
     "GptOss": "gptoss_jax.model.transformer",
     "ModelConfig": "gptoss_jax.model.config",
     "Request": "gptoss_jax.engine.request",
     "SamplingParams": "gptoss_jax.engine.request",
+    "TurnSettings": "gptoss_jax.chat",
     "generate": "gptoss_jax.engine.generate",
     "load": "gptoss_jax.checkpoint",
+    "load_tokenizer": "gptoss_jax.harmony.tokenizer",
     "make_mesh": "gptoss_jax.sharding",
+    "moderate": "gptoss_jax.moderation",
+    "tool": "gptoss_jax.tools.functions",
 }
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]  (it reads the stub)

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "gptoss_jax"
 # A module imports from its own part, or from parts of a lower rank. CONTRIBUTING.md draws it.
 RANKS = {
     "cli": 5,
-    **dict.fromkeys(("server", "train", "plan", "bench"), 4),
-    **dict.fromkeys(("chat", "checkpoint"), 3),
+    **dict.fromkeys(("server", "moderation", "train", "plan", "bench"), 4),
+    **dict.fromkeys(("chat", "checkpoint", "testing"), 3),
     **dict.fromkeys(("engine", "convert", "configs"), 2),
     **dict.fromkeys(("model", "tools"), 1),
     **dict.fromkeys(("kernels", "sharding", "hosts", "aot", "harmony", "constrain"), 0),
@@ -24,7 +24,11 @@ RANKS = {
 # What a part, or one module, does not know about.
 STRANGERS = {
     "gptoss_jax.kernels": {"flax"},
-    "gptoss_jax.harmony": {"jax", "flax"},
+    "gptoss_jax.harmony": {"jax", "flax", "numpy"},
+    "gptoss_jax.constrain": {"jax", "flax", "tiktoken"},
+    "gptoss_jax.tools": {"jax", "flax", "numpy"},
+    "gptoss_jax.chat": {"jax", "flax", "numpy", "fastapi"},
+    "gptoss_jax.server": {"jax", "flax"},
     "gptoss_jax.configs": {"jax", "flax", "numpy"},
     "gptoss_jax.convert": {"flax"},
     "gptoss_jax.convert.files": {"jax"},

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from gptoss_jax.engine.engine import Engine
-from gptoss_jax.engine.request import Finished, Request
+from gptoss_jax.engine.request import Finished, Request, Token
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,7 +107,7 @@ async def _follow(engine: Engine, request: Request, *, start: float, due: float)
         async for event in events:
             if isinstance(event, Finished):
                 _check(event, record)
-            else:
+            elif isinstance(event, Token):
                 record.times.append(time.perf_counter() - start)
                 record.ids.append(event.id)
     return record

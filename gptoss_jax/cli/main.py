@@ -13,6 +13,7 @@ from gptoss_jax.cli import exit_codes
 from gptoss_jax.errors import UserError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Arguments: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptoss-jax {gptoss_jax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo, _init, _convert, _export, _verify, _inspect, _plan, _generate, _eval, _bench):
+    for add in (_demo, _init, _convert, _export, _verify, _inspect, _plan, _generate, _chat, _serve, _eval, _bench):
         add(commands)
     return parser
 
@@ -178,6 +179,103 @@ def _generate(commands: Commands) -> None:
     _embedding(parser)
     parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, for machines")
+    _processes(parser, shared="the same arguments and the same checkpoint")
+
+
+def _chat(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "chat",
+        "chat:run",
+        help="talk with a model in the terminal",
+        description="A conversation in the harmony format: the answer streams, reasoning is dimmed, Ctrl-C stops the\n"
+        "answer. /help says what can be typed. With --prompt, or where stdout is no terminal, only the answer goes to\n"
+        "stdout.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this, and leave; - reads it from stdin")
+    parser.add_argument("--system", metavar="TEXT|@FILE", help="instructions that stand before the conversation")
+    parser.add_argument("--effort", choices=("low", "medium", "high"), default="medium", help="default: %(default)s")
+    parser.add_argument(
+        "--tools", metavar="TOOL,…", help="what the model may use: python, browser=DIR (a folder that it searches)"
+    )
+    parser.add_argument("--date", metavar="YYYY-MM-DD", help="what the model is told; none for no date; default: today")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: as the context leaves")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K best ids; default: all")
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the best ids that add up to P; default: all"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="only ids P times as likely as the best; default: all"
+    )
+    sampling.add_argument("--seed", type=int, help="of the first answer; default: another one each time")
+    _engine(parser, max_rows=1)
+    _processes(parser, shared="the same arguments and the same checkpoint")
+
+
+def _serve(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        "serve:run",
+        help="serve a model to OpenAI's clients, with a page to chat",
+        description="Serves /v1/responses, /v1/chat/completions, /v1/completions and more (docs/server.md), and a\n"
+        "page at /. It listens at once; /ready is 200 when the model is loaded. SIGINT or SIGTERM lets answers finish.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks; default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free; default: %(default)s")
+    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model; default: CKPT's last part")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--effort", choices=("low", "medium", "high"), default="medium", help="where none is asked for; default: medium"
+    )
+    answers.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="of any answer; default: what the context leaves"
+    )
+    answers.add_argument(
+        "--tools", metavar="TOOL,…", help="what requests may have run here: python, browser=DIR (a folder it searches)"
+    )
+    answers.add_argument(
+        "--date", metavar="YYYY-MM-DD", help="what the model is told; none for no date; default: today, when it starts"
+    )
+    answers.add_argument(
+        "--store", metavar="FILE|none", help="where responses are kept; default: in memory, until the server ends"
+    )
+    answers.add_argument(
+        "--lenient-schemas", action="store_true", help="keywords that cannot be enforced are left out, not refused"
+    )
+    who = parser.add_argument_group(
+        "who may ask", "Keys also come from the environment: GPTOSS_JAX_API_KEYS, with commas between them."
+    )
+    who.add_argument("--api-key", action="append", default=[], metavar="KEY", help="may be given several times")
+    who.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key in each line; others do not see it in ps")
+    who.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may ask from a browser; * all"
+    )
+    who.add_argument(
+        "--trusted-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of this server in requests; * any; default: any, or on a loopback address without a key that address",
+    )
+    server = parser.add_argument_group("the server")
+    server.add_argument("--no-page", dest="page", action="store_false", help="no page at /")
+    server.add_argument(
+        "--shutdown-seconds", type=float, default=30.0, metavar="S", help="for answers to finish; default: %(default)g"
+    )
+    server.add_argument(
+        "--max-body-bytes", type=int, default=8 << 20, metavar="N", help="of a request; default: %(default)s"
+    )
+    server.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
+    )
+    server.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
+    _engine(parser, max_rows=16)
     _processes(parser, shared="the same arguments and the same checkpoint")
 
 
@@ -366,6 +464,39 @@ def _bench_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _engine(parser: argparse.ArgumentParser, *, max_rows: int) -> None:
+    """What cli/serving.py opens."""
+    model = parser.add_argument_group("the model")
+    model.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    _dense(model)
+    _mesh(model, default=None, help="shard over this mesh; auto chooses one and says why")
+    _impl(model)
+    _dispatch(model)
+    _embedding(model)
+    model.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
+    engine = parser.add_argument_group("the engine")
+    engine.add_argument(
+        "--max-rows", type=int, default=max_rows, metavar="N", help="requests that run at a time; default: %(default)s"
+    )
+    engine.add_argument(
+        "--max-context", type=int, metavar="N", help="tokens of a conversation; default: what model and cache allow"
+    )
+    engine.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="of all conversations; default: --max-context, or 32768 or more"
+    )
+    engine.add_argument("--cache-bytes", type=int, metavar="N", help="on each device, instead of --cache-tokens")
+    engine.add_argument("--kv-dtype", choices=("int8",), help="of keys and values; default: the model's")
+    engine.add_argument(
+        "--prefill-tokens", type=int, default=512, metavar="N", help="of prompts in a step; default: %(default)s"
+    )
+    engine.add_argument(
+        "--draft-tokens", type=int, default=0, metavar="N", help="ids that a step guesses and checks; default: none"
+    )
+    engine.add_argument(
+        "--batch-invariant", action="store_true", help="scores are the same to the bit whatever runs beside"
+    )
+
+
 def _processes(parser: argparse.ArgumentParser, *, shared: str) -> None:
     group = parser.add_argument_group(
         "several processes",
@@ -387,7 +518,7 @@ def _processes(parser: argparse.ArgumentParser, *, shared: str) -> None:
     )
 
 
-def _mesh(parser: argparse.ArgumentParser, *, default: str | None, help: str) -> None:
+def _mesh(parser: Arguments, *, default: str | None, help: str) -> None:
     shown = f"; default: {default}" if default else ""
     parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", default=default, help=help + shown)
 
@@ -433,7 +564,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
-def _impl(parser: argparse.ArgumentParser) -> None:
+def _impl(parser: Arguments) -> None:
     parser.add_argument(
         "--impl",
         metavar="NAME",
@@ -441,7 +572,7 @@ def _impl(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _dense(parser: argparse.ArgumentParser) -> None:
+def _dense(parser: Arguments) -> None:
     parser.add_argument(
         "--dense",
         choices=("bf16", "int8"),
@@ -450,7 +581,7 @@ def _dense(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _embedding(parser: argparse.ArgumentParser) -> None:
+def _embedding(parser: Arguments) -> None:
     parser.add_argument(
         "--embedding",
         choices=("device", "host"),
@@ -459,7 +590,7 @@ def _embedding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _dispatch(parser: argparse.ArgumentParser) -> None:
+def _dispatch(parser: Arguments) -> None:
     parser.add_argument(
         "--dispatch",
         metavar="WAY",
