@@ -3,6 +3,9 @@
 import dataclasses
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +17,8 @@ from gptoss_jax.harmony.events import Delta, End, Fault, Header, Start
 from gptoss_jax.harmony.messages import Assistant
 from gptoss_jax.harmony.parse import LONGEST_HEADER, Parser, parse
 from gptoss_jax.harmony.render import render
-from gptoss_jax.harmony.tokenizer import Tokenizer
+from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
+from tests.hosts.processes import ROOT
 
 SPECIAL = re.compile(r"(<\|\w+\|>)")
 CALL = "<|start|>assistant to=functions.f<|channel|>commentary <|constrain|>json<|message|>{}<|call|>"
@@ -448,11 +452,21 @@ def test_thousands_of_streams(tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
-def test_a_hundred_thousand_streams(tokenizer, part):
-    for seed in range(500 + 5_000 * part, 5_500 + 5_000 * part):
+def test_a_hundred_thousand_streams(tmp_path):
+    """In a process of its own, where nobody checks the annotations of each call: that takes eight times as long."""
+    write_byte_tokenizer(tmp_path / "tokenizer.json", 352)
+    program = "import sys; from tests.harmony.test_parse import play; play(sys.argv[1])"
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "50000 twice\n"), ended.stderr
+
+
+def play(folder: str) -> None:
+    """Streams of marked texts, and of any ids."""
+    tokenizer = load_tokenizer(Path(folder))
+    for seed in range(50_000):
         check_stream(random.Random(seed), tokenizer)
         check_bytes(random.Random(seed), tokenizer)
+    print("50000 twice")
 
 
 @given(st.randoms(use_true_random=False), st.lists(st.sampled_from(WELL_FORMED + WORDS + ("é", "東")), max_size=12))
