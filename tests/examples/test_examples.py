@@ -26,6 +26,15 @@ def test_one_model_on_eight_devices():
     assert lines[8].startswith("The experts of this model lie on")
 
 
+def test_tools_run_by_a_script():
+    (process,) = run_all([(sys.executable, ROOT / "examples" / "tools.py")])
+    assert process.code == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert "[analysis] I look it up." in lines
+    assert "[functions.weather answers] 12 °C" in lines
+    assert lines[-1] == "[final] It is 12 degrees in Oslo."
+
+
 @pytest.mark.slow
 def test_two_terminals(tmp_path: Path):
     (made,) = run_all([(*COMMAND, "init", tmp_path / "random", "--model", "tiny", "--layers", 2)])
