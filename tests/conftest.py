@@ -1,5 +1,7 @@
-"""What every test stands on: eight simulated CPU devices, shapes checked at each call, checkpoints written once."""
+"""What every test stands on: eight simulated CPU devices, shapes checked at each call, checkpoints and vocabularies."""
 
+import hashlib
+import lzma
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +61,53 @@ def _write_tiny(tmp_path_factory: pytest.TempPathFactory, *, layout: str, expert
     folder = tmp_path_factory.mktemp("checkpoints") / f"tiny_{layout}_{experts}"
     write_checkpoint(folder, TINY, seed=0, layout=layout, experts=experts)
     return folder
+
+
+# --- vocabularies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory):
+    """A tokenizer of TINY's vocabulary: a byte of text is an id, the special tokens follow."""
+    from gptoss_jax.harmony.tokenizer import load_tokenizer, write_byte_tokenizer
+    from tests.tiny import TINY
+
+    folder = tmp_path_factory.mktemp("letters")
+    write_byte_tokenizer(folder / "tokenizer.json", TINY.vocab_size)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """o200k_base.tiktoken, which is too large to keep with the tests, under both names that it is looked for."""
+    from gptoss_jax.harmony.tokenizer import O200K_CACHE_NAME, O200K_SHA256
+
+    packed = Path(__file__).parents[2] / "shared/vocab/o200k_base.tiktoken.xz"
+    source = Path(os.environ.get("GPTOSS_JAX_VOCAB", packed))
+    if not source.is_file():
+        pytest.skip(f"no {source}: set GPTOSS_JAX_VOCAB to o200k_base.tiktoken, plain or packed with xz")
+    content = source.read_bytes()
+    content = lzma.decompress(content) if source.suffix == ".xz" else content
+    assert hashlib.sha256(content).hexdigest() == O200K_SHA256
+    path = tmp_path_factory.mktemp("ranks") / "o200k_base.tiktoken"
+    path.write_bytes(content)
+    path.with_name(O200K_CACHE_NAME).write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="session")
+def o200k(ranks_file: Path):
+    """The released vocabulary."""
+    from gptoss_jax.harmony.tokenizer import load_tokenizer
+
+    return load_tokenizer(None, cache_dir=ranks_file.parent)
+
+
+@pytest.fixture(scope="session")
+def harmony(ranks_file: Path):
+    """openai-harmony, which judges the format."""
+    from openai_harmony import HarmonyEncodingName, load_harmony_encoding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_ENCODINGS_BASE", str(ranks_file.parent))
+        return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)

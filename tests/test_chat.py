@@ -34,7 +34,7 @@ from gptoss_jax.errors import Unsupported, UserError
 from gptoss_jax.harmony.events import Delta, End, Fault, Start
 from gptoss_jax.harmony.messages import Assistant, Developer, Function, Message, Namespace, System, ToolResult, User
 from gptoss_jax.harmony.render import render_prompt
-from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
+from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.testing import ScriptedEngine
 from gptoss_jax.tools.base import ToolError
 from gptoss_jax.tools.functions import tool
@@ -51,14 +51,6 @@ SETTINGS = TurnSettings()
 
 def call(recipient: str, text: str, *, end: str = "<|call|>", channel: str = "commentary") -> str:
     return f"<|channel|>{channel} to={recipient} <|constrain|>json<|message|>{text}{end}"
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte of text is an id."""
-    folder = tmp_path_factory.mktemp("letters")
-    write_byte_tokenizer(folder / "tokenizer.json", VOCAB)
-    return load_tokenizer(folder)
 
 
 class Table:
@@ -271,6 +263,21 @@ def test_a_call_that_fails_is_read_by_the_model(table, city: str, expected: str)
     assert turn(events).reason == "stop"
 
 
+@pytest.mark.parametrize("ending", [SystemExit(3), asyncio.CancelledError(), StopIteration()])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_tool_that_ends_more_than_itself_has_only_failed(table, ending: BaseException, is_async: bool):
+    def leave() -> str:
+        raise ending
+
+    async def leave_async() -> str:
+        raise ending
+
+    leaving = tool(name="leave")(leave_async if is_async else leave)
+    events = table(call("functions.leave", "{}"), FINAL).events(tools=(leaving,))
+    assert results(events)[0].text == "error: functions.leave failed, by a mistake of its own; do without it"
+    assert turn(events).reason == "stop"
+
+
 def test_a_tool_that_takes_too_long_has_failed(table):
     @tool(timeout_s=None)
     async def wait() -> str:
@@ -408,7 +415,17 @@ def test_rounds_are_bounded(table):
     assert "max_rounds is 3" in turn(events).message
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"max_rounds": 0}, {"tool_timeout_s": 0}, {"stop": ("",)}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 0},
+        {"max_rounds": 0},
+        {"tool_timeout_s": 0},
+        {"stop": ("",)},
+        {"stop": ("\ud800",)},
+        {"stop": "END"},
+    ],
+)
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
         TurnSettings(**settings)

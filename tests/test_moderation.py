@@ -10,7 +10,7 @@ import pytest
 
 from gptoss_jax.constrain import Grammars
 from gptoss_jax.errors import UserError
-from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
+from gptoss_jax.harmony.tokenizer import Tokenizer
 from gptoss_jax.moderation import POLICIES, Example, Judgement, Label, NoJudgement, Policy, moderate, moderate_async
 from gptoss_jax.testing import ScriptedEngine
 
@@ -67,14 +67,6 @@ THOUGHT = "<|channel|>analysis<|message|>It purrs.<|end|><|start|>assistant"
 
 def final(text: str) -> str:
     return f"<|channel|>final<|message|>{text}<|return|>"
-
-
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte of text is an id."""
-    folder = tmp_path_factory.mktemp("letters")
-    write_byte_tokenizer(folder / "tokenizer.json", VOCAB)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +247,11 @@ def test_a_policy_has_its_own_labels(desk):
 
 
 # --- the policies to begin with ---------------------------------------------------------------------------------------
+
+
+def test_policies_are_as_long_as_they_are_said_to_be(o200k: Tokenizer):
+    lengths = [len(o200k.encode(policy.text)) for policy in POLICIES.values()]
+    assert (min(lengths), max(lengths)) == (603, 666), "docs/moderation.md says so"
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))

@@ -80,7 +80,11 @@ class Calls:
             text = f"error: {error}"
         except TimeoutError:
             text = f"error: {recipient} took too long; try something quicker"
-        except Exception:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            # A SystemExit out of a task takes the whole event loop along; a cancellation out of a tool ends the turn.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # it is the turn that is left
             _logger.exception("tool %s has a mistake; the model is told that it failed", recipient)
             text = f"error: {recipient} failed, by a mistake of its own; do without it"
         # A call in analysis, as python's and the browser's, is answered there: neither is for the user's eyes.

@@ -62,5 +62,10 @@ class TurnSettings:
                 raise UserError(f"{name} is {value}; expected at least 1")
         if not self.tool_timeout_s > 0:
             raise UserError(f"tool_timeout_s is {self.tool_timeout_s}; expected more than 0 seconds")
+        if isinstance(self.stop, str):  # a sequence of texts too, of one character each
+            raise UserError(f"stop is {self.stop!r}; expected a list of texts")
         if any(not text for text in self.stop):
             raise UserError("stop holds an empty text; expected texts of at least one character")
+        for text in self.stop:
+            if any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise UserError(f"stop holds {text!r}; expected whole characters, found half of a surrogate pair")

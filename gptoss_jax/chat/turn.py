@@ -76,6 +76,7 @@ class Chat:
 
     async def _round(self, turn: "_Turn") -> AsyncGenerator[Part, None]:
         """The model speaks once."""
+        said = turn.new_round(self._tokenizer)  # nothing may fail between the stream and who sees to its end
         try:
             request = await asyncio.to_thread(self._request, turn)  # of a long text it takes long
             stream = None if request is None else await self._submit(request, first=not turn.num_rounds)
@@ -86,7 +87,7 @@ class Chat:
             return
         if request is None or stream is None:
             return
-        said, finished = turn.new_round(self._tokenizer), Finished(0, "error", "the engine's stream broke off")
+        finished = Finished(0, "error", "the engine's stream broke off")
         async with stream:
             async for event in stream:
                 if isinstance(event, Finished):

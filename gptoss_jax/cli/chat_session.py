@@ -135,7 +135,8 @@ def save(session: ChatSession, path: Path) -> None:
     """Writes what was said, and the instructions and effort with it; not the tools."""
     document = {"format": _FORMAT, "version": _VERSION, "effort": session.effort, "system": session.instructions}
     document |= {"messages": [_as_json(message) for message in session.messages]}
-    path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8", errors="replace")  # a tool may answer with half of a character
 
 
 def load(session: ChatSession, path: Path) -> None:

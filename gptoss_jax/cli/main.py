@@ -15,6 +15,9 @@ from gptoss_jax.errors import UserError
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Arguments: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
+# What `serve` imports that the package itself does not depend on; the other commands do without their extras.
+_OF_SERVE = frozenset({"fastapi", "jsonschema", "llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"})
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code.
@@ -28,6 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)(options)
     except UserError as error:
         print(f"gptoss-jax {options.command}: {error}", file=sys.stderr)
+        return exit_codes.USER_ERROR
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _OF_SERVE:
+            raise  # a mistake of ours, or half an installation: the traceback says more
+        how = 'pip install "gptoss-jax[serve]"'
+        print(f"gptoss-jax {options.command}: {missing} is not installed; {how} brings it", file=sys.stderr)
         return exit_codes.USER_ERROR
     except BrokenPipeError:  # the reader, `head` say, has seen enough; and Python would complain again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import math
@@ -128,6 +129,7 @@ class _Loading:
         try:
             with serving.open_engine(self._options, self._hosts) as opened:
                 self._server.service.open(opened.engine)
+                _keep_what_is_loaded()
                 self._loaded.set()
                 name, context = self._server.service.model_name, opened.engine.max_context
                 _say(f"ready after {time.perf_counter() - began:.1f} s: {name}, {context} tokens of context")
@@ -136,6 +138,12 @@ class _Loading:
             self._error = error
             self._loaded.set()
             self._server.should_exit = True
+
+
+def _keep_what_is_loaded() -> None:
+    """What is there by now stays. To look for garbage among it again and again would keep all answers waiting."""
+    gc.collect()
+    gc.freeze()
 
 
 def _settings(options: argparse.Namespace) -> ServerSettings:

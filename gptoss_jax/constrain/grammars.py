@@ -110,7 +110,12 @@ class Grammars:
         """
         plain = read_schema(schema)
         self._check_patterns(plain)
-        held, unheld = without_unheld(plain)
+        try:
+            held, unheld = without_unheld(plain)
+        except RecursionError as error:
+            raise UserError(
+                "the schema holds a value that is nested too deeply; expected 120 levels at most"
+            ) from error
         if unheld and not lenient:
             raise UnsupportedSchema(unsupported(plain, compiles=self._compiles))
         try:
@@ -125,7 +130,11 @@ class Grammars:
         """Text that an expression matches as a whole; the syntax is that of Rust's `regex`, without look-around."""
         if len(pattern) > MAX_PATTERN_CHARS:
             raise UserError(f"the expression has {len(pattern)} characters; expected at most {MAX_PATTERN_CHARS}")
-        return self._named("the expression", json.loads(Matcher.grammar_from_regex(pattern))["grammars"][0])
+        try:
+            (entry,) = json.loads(Matcher.grammar_from_regex(pattern))["grammars"]
+        except UnicodeEncodeError as error:
+            raise UserError(f"the expression is {shown(pattern)}; expected text, found half of a character") from error
+        return self._named("the expression", entry)
 
     def lark(self, text: str) -> Grammar:
         """Text of a grammar in llguidance's variant of Lark, without special tokens and embedded schemas."""

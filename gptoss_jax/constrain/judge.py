@@ -17,6 +17,7 @@ from gptoss_jax.errors import UserError
 
 MAX_COMPLAINTS = 20
 MAX_WORK = 50_000  # keywords that are looked at, a second's worth; and twice as many as the text has characters
+_PER_KEYWORD = 32  # values of an enum, or characters of a string with a pattern, in the time of a keyword
 
 Fits: TypeAlias = Callable[[str], bool]
 _Rule: TypeAlias = Callable[[Any, Any, Any, dict[str, Any]], Iterator[ValidationError] | None]
@@ -78,13 +79,17 @@ class _Rules:
         return jsonschema.validators.extend(kind, rules)(self._schema)
 
     def _counted(self, rule: _Rule) -> _Rule:
-        def counted(*arguments: Any) -> Iterator[ValidationError] | None:
-            self._left -= 1
-            if self._left < 0:
-                raise UserError("the schema has it look at too much")
-            return rule(*arguments)
+        def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError] | None:
+            # The values of an `enum` are compared with one by one.
+            self._spend(1 + (len(value) // _PER_KEYWORD if isinstance(value, list) else 0))
+            return rule(validator, value, instance, schema)
 
         return counted
+
+    def _spend(self, work: int) -> None:
+        self._left -= work
+        if self._left < 0:
+            raise UserError("the schema has it look at too much")
 
     def _ref(self, validator: Any, reference: str, instance: Any, _: dict[str, Any]) -> Iterator[ValidationError]:
         yield from validator.descend(instance, resolve(self._schema, reference))
@@ -93,6 +98,7 @@ class _Rules:
         raise UserError(f"{reference!r} is a dynamic reference, which is not followed")
 
     def _matches(self, pattern: str, text: str) -> bool:
+        self._spend(1 + len(text) // _PER_KEYWORD)
         if pattern not in self._patterns:
             self._patterns[pattern] = self._fits_pattern(pattern)
         # As the grammar has it: characters by themselves, but for those that it wants escaped.

@@ -17,9 +17,9 @@ from gptoss_jax.errors import UserError
 SPECIALS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>")
 
 # A namespace and a function in it, or a tool alone: what may be called where nobody says who may. Readers of headers
-# take a few hundred characters for one at most, and these three names for people.
+# take a few hundred characters for one at most, and these names for people.
 _ANYBODY = r"/[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64})?/"
-_NOBODY = ("all", "assistant", "user")
+_NOBODY = ("all", "assistant", "developer", "system", "user")
 _RECIPIENT = re.compile(r"[A-Za-z0-9_.-]{1,160}")
 
 # Terminals are in capitals. Text is any UTF-8 without special tokens. Only calls have a type: behind another channel

@@ -93,13 +93,14 @@ class _Completion:
         return self._head("chat.completion") | {"choices": choices, "usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[tuple[None, Mapping[str, Any]], None]:
-        """The answer as it comes."""
-        begun: set[int] = set()
+        """The answer as it comes. All choices begin in their order before one goes on: OpenAI's client counts on it."""
+        begun = False
         async with contextlib.aclosing(self._pieces()) as pieces:
             async for number, piece in pieces:
-                if number not in begun:
-                    begun.add(number)
-                    yield None, self._chunk(number, {"role": "assistant"})
+                if not begun:
+                    begun = True
+                    for each in range(len(self._choices)):
+                        yield None, self._chunk(each, {"role": "assistant"})
                 if piece is not None:
                     yield None, self._chunk(number, _delta(piece), piece)
                 else:

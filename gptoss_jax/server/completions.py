@@ -307,20 +307,21 @@ class _Choice:
 
     def _add(self, piece: _Piece, token_id: int, data: bytes, score: Token | None) -> None:
         if self._num_top is not None:
-            piece.logprobs.tokens.append(self._name(token_id))
+            name = self._name(token_id)
+            piece.logprobs.tokens.append(name)
             piece.logprobs.text_offset.append(self._num_characters)
             piece.logprobs.token_logprobs.append(None if score is None else _shown(score.logprob))
-            piece.logprobs.top_logprobs.append(None if score is None else self._top(score))
+            piece.logprobs.top_logprobs.append(None if score is None else self._top(score, name))
         piece.text += self._tell(self._utf8.decode(data))
 
     def _tell(self, text: str) -> str:
         self._num_characters += len(text)
         return text
 
-    def _top(self, token: Token) -> dict[str, float]:
-        """The best ids and, as OpenAI's API has it, the one that was chosen."""
+    def _top(self, token: Token, name: str) -> dict[str, float]:
+        """The best ids and, as OpenAI's API has it, the one that was chosen, whose name this is."""
         best = {self._name(token_id): _shown(logprob) for token_id, logprob in token.top[: self._num_top]}
-        return best | {self._name(token.id): _shown(token.logprob)}
+        return best | {name: _shown(token.logprob)}
 
     def _name(self, token_id: int) -> str:
         """A text that is this id's alone: of bytes that are no text their numbers, of an unused id its own."""

@@ -122,8 +122,8 @@ class Service:
         return unavailable(f"{message}; try again later", code=code, retry_after_s=self.settings.retry_after_s)
 
 
-def service_of(request: Request) -> Service:
-    """What the application serves with."""
+async def service_of(request: Request) -> Service:
+    """What the application serves with. Waits for nothing; FastAPI would call a plain function in a thread."""
     return request.app.state.service
 
 

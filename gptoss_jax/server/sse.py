@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from pydantic_core import PydanticSerializationError, to_json
 from starlette.types import Message, Receive, Scope, Send
 
 from gptoss_jax.server.errors import ApiError, as_api_error
@@ -58,9 +59,16 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T
 
 def frame(name: str | None, data: Mapping[str, Any]) -> bytes:
     """An event as it travels."""
-    text = _JSON.encode(data)
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {text}\n\n".encode(errors="replace")
+    head = f"event: {name}\n".encode() if name else b""
+    return b"%bdata: %b\n\n" % (head, _as_json(data))
+
+
+def _as_json(data: Mapping[str, Any]) -> bytes:
+    """Pydantic's writer takes a fifth of the time of `json`'s, and no half of a surrogate pair."""
+    try:
+        return to_json(data)
+    except PydanticSerializationError:
+        return _JSON.encode(data).encode(errors="replace")
 
 
 class _EventStream(StreamingResponse):

@@ -56,7 +56,7 @@ class FolderBackend:
         path: the folder.
         max_files: more are left out of searches, in the order of their names, and a warning is logged.
         max_file_bytes: of a longer file only the beginning is read.
-        max_total_bytes: of all files together, which are kept in memory.
+        max_total_bytes: of all files together, which are kept in memory, and once more in lower case to search in.
 
     Raises:
         UserError: no folder there.

@@ -17,6 +17,7 @@ import enum
 import functools
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn, overload
@@ -171,7 +172,8 @@ def read_arguments(text: str, hint: Hint, *, called: str) -> Any:
         ToolError: all that is wrong with it.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite) if text.strip() else {}
+        json.dumps(value, ensure_ascii=False).encode()  # fails at half of a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ToolError(f"the arguments of {called} are not JSON ({error}); write one JSON object") from None
     faults: Faults = []
@@ -227,6 +229,13 @@ def _is_annotated(annotation: Any) -> bool:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number of JSON's")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:20]} is more than a float holds")
+    return value
 
 
 def _text_of(result: Any) -> str:

@@ -264,7 +264,8 @@ def _why_it_died(code: int) -> str | None:
     """Errors of the program's own speak for themselves."""
     if code >= 0:
         return None
-    return f"The program was ended by {signal.Signals(-code).name}."
+    names = {each.value: each.name for each in signal.Signals}  # most real-time signals have none
+    return f"The program was ended by {names.get(-code, f'signal {-code}')}."
 
 
 def _shortened(text: str, most: int) -> str:

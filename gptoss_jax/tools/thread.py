@@ -23,6 +23,8 @@ async def in_thread(call: Callable[[], Result]) -> Result:
     def run() -> None:
         try:
             tell: tuple[Callable[[Any], None], Any] = (answered.set_result, context.run(call))
+        except StopIteration as error:  # of a bare `next`; no future takes one, and the caller would wait for ever
+            tell = (answered.set_exception, RuntimeError(f"the call raised StopIteration({error})"))
         except BaseException as error:
             tell = (answered.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more

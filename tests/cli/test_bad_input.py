@@ -246,3 +246,26 @@ def test_help_imports_no_jax():
         "import sys, gptoss_jax.cli as cli\ntry: cli.main(['convert', '-h'])\nfinally: assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+
+
+def test_an_extra_that_is_not_installed():
+    """In a process of its own, where none has been imported. What belongs to no extra keeps its traceback."""
+    program = """
+import sys
+from gptoss_jax.cli import main
+
+for name in sys.argv[1:]:
+    sys.modules[name] = None  # as if it were not installed
+    assert main(["serve", "folder"]) == 2
+    del sys.modules[name]
+sys.modules["gptoss_jax.server.app"] = None
+main(["serve", "folder"])
+"""
+    names = ["uvicorn", "fastapi", "llguidance", "prometheus_client"]
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, timeout=60)
+    complaints = [line for line in done.stderr.splitlines() if line.startswith("gptoss-jax serve: ")]
+    assert complaints == [
+        f'gptoss-jax serve: {name} is not installed; pip install "gptoss-jax[serve]" brings it' for name in names
+    ]
+    assert "ModuleNotFoundError: import of gptoss_jax.server.app halted" in done.stderr
+    assert done.returncode == 1

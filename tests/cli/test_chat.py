@@ -240,6 +240,13 @@ def test_a_conversation_is_saved_and_gone_on_with(talk, tmp_path: Path):
     assert (second.session.instructions, second.session.effort) == ("Be brief.", "high")
 
 
+def test_half_of_a_character_is_saved_as_a_question_mark(tmp_path: Path):
+    session, path = ChatSession(messages=[ToolResult(name="x.y", text="a\ud800b")]), tmp_path / "talk.json"
+    chat_session.save(session, path)
+    chat_session.load(session, path)
+    assert session.messages == [ToolResult(name="x.y", text="a?b")]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

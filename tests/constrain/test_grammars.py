@@ -148,6 +148,18 @@ def test_check_survives_what_jsonschema_does_not(grammars):
             json.dumps([{"a": i} for i in range(30_000)] + [{"a": 1.0}]),
             "$: 30001 items are only",
         ),
+        # a long string is held against many patterns
+        (
+            {"not": {"anyOf": [{"pattern": f"^x{i}y"} for i in range(1000)]}},
+            json.dumps("a" * 100_000),
+            "the text cannot be judged: the schema has it look at too much",
+        ),
+        # each item is compared with each value
+        (
+            {"items": {"enum": list(range(15_000))}},
+            json.dumps([14_999] * 2_000),
+            "the text cannot be judged: the schema has it look at too much",
+        ),
     ],
 )
 def test_judging_ends_whatever_is_to_be_judged(grammars, schema, text, complaint):
@@ -211,6 +223,7 @@ def test_blindly_chosen_sums_are_sums(grammars, tokenizer):
     [
         ("regex", "(?=a)b", "the expression cannot be held to: .*"),
         ("regex", "(", "the expression cannot be held to: .*"),
+        ("regex", "a\ud800", r"the expression is .*; expected text, found half of a character"),
         ("regex", "a" * 4001, "the expression has 4001 characters; expected at most 4000"),
         ("lark", "", "the grammar cannot be held to: no start rule found"),
         ("lark", "start: other", "the grammar cannot be held to: .*unknown name.*"),

@@ -182,6 +182,7 @@ def nested(depth: int) -> dict:
         ),
         (chain(2000), f"the schema and the definitions that it uses have more than {MAX_LEVELS} levels"),
         (nested(5000), "the schema is nested too deeply"),
+        ({"default": json.loads("[" * 500 + "]" * 500)}, "the schema holds a value that is nested too deeply"),
         ({"pattern": "a?" * 2001}, f"# has a pattern of 4002 characters; expected at most {MAX_PATTERN_CHARS}"),
         (
             {"properties": {f"p{i}": {} for i in range(MAX_OPTIONAL + 1)}},

@@ -87,6 +87,8 @@ def test_a_turn_as_it_should_be_is_allowed(grammars, tokenizer, text):
         ("<|channel|>commentary to=functions.f ", "yaml<|message|>"),
         ("<|channel|>commentary to=", "<|message|>"),
         ("<|channel|>commentary to=user", "<|message|>"),
+        ("<|channel|>commentary to=system", "<|message|>"),
+        ("<|channel|>commentary to=developer", "<|message|>"),
         ("<|channel|>commentary to=functions.f", ".x<|message|>"),
         (" to=functions.f", " to=functions.g<|channel|>commentary<|message|>"),
         (" to=functions.f<|channel|>", "final<|message|>"),

@@ -189,6 +189,14 @@ def test_choices_have_seeds_of_their_own(app, scripted, ids_of):
     assert texts == ["7", "8", "9"]
 
 
+def test_choices_begin_in_their_order_before_one_goes_on(app, playing):
+    """OpenAI's client keeps a choice at the place where it first saw it. `max_rows` plays one after the other."""
+    *chunks, _ = events_of(post(app(playing(*[ANSWER] * 3, max_rows=1)), n=3, stream=True))
+    begun = [(choice["index"], choice["delta"]) for chunk in chunks for choice in chunk["choices"]]
+    assert begun[:3] == [(index, {"role": "assistant"}) for index in range(3)]
+    assert not any("role" in delta for _, delta in begun[3:])
+
+
 def test_stop_ends_content_alone(app, playing):
     application = app(playing(ANSWER.replace("Hm.", "Hm! so"), ANSWER))
     choice = post(application, stop=["!"]).json()["choices"][0]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -207,6 +208,13 @@ def test_pages_cannot_forge_links(session: BrowserSession):
     assert "I am 〖0†safe†otters.org〗" in ask(session, "open", id=2)
 
 
+@pytest.mark.parametrize(("name", "argument"), [("search", "query"), ("find", "pattern"), ("open", "id")])
+def test_half_of_a_character_is_no_argument(session: BrowserSession, name: str, argument: str):
+    ask(session, "open", id=OTTERS.url)
+    with pytest.raises(ToolError, match="surrogates not allowed"):
+        ask(session, name, **{argument: "\ud800"})
+
+
 def test_citations_name_their_sources(session: BrowserSession):
     ask(session, "search", query="otters")
     ask(session, "open", id=0)
@@ -314,6 +322,31 @@ def test_any_html_is_read_and_its_links_are_numbered(text: str):
     page = page_of_html("https://x.org/", text)
     assert page.text.count("【") == page.text.count("】")
     assert page.text.count("【") >= len(page.links)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!--" * 100_000,
+        "<!--x>" * 100_000,
+        "<a " * 100_000,
+        '<div a="' * 100_000,
+        "<![CDATA[" * 100_000,
+        "<script" * 100_000,
+        "<script>" + "</script" * 100_000,
+        "<pre>" + "x" * 400_000 + "<br>" * 100_000,
+    ],
+)
+def test_a_hostile_page_is_read_at_once(text: str):
+    began = time.process_time()
+    page_of_html("https://x.org/", text)
+    assert time.process_time() - began < 5, "Python's parser alone takes minutes: it looks at the rest for each mark"
+
+
+def test_comments_and_what_is_cut_are_no_text_of_a_page():
+    program = "<SCRIPT>if (a<!b) f('<!--', '<p>')</Script >"
+    text = f"<!DOCTYPE html>a<!-- <p>b -->c<!-- > -->d{program} 1 < 2 <i>e</i><a href"
+    assert page_of_html("https://x.org/", text).text == "acd 1 < 2 e<a href"
 
 
 # Folders

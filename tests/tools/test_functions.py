@@ -299,9 +299,11 @@ def of_points(at: Point, colours: list[Colour] = []) -> str:  # noqa: B006
         ('{"at": {"x": true}}', "at.x is true; expected a number"),
         ('{"at": ', "are not JSON"),
         ('{"at": {"x": NaN}}', "NaN is no number of JSON's"),
+        ('{"at": {"x": -1e400}}', "-1e400 is more than a float holds"),
         ('{"at": {"x": ' + "9" * 5000 + "}}", "are not JSON"),
         ('{"at": {"x": 1' + "0" * 400 + "}}", "expected a number"),
         ("[" * 100_000, "are not JSON"),
+        ('{"at": "\\ud800"}', "surrogates not allowed"),
     ],
 )
 def test_arguments_that_do_not_fit_are_explained_to_the_model(text: str, message: str):

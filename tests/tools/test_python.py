@@ -314,7 +314,11 @@ def test_an_endless_program_is_stopped_and_gone(program: str):
 
 @pytest.mark.parametrize(
     ("program", "name"),
-    [("import ctypes; ctypes.string_at(0)", "SIGSEGV"), ("import os; os.abort()", "SIGABRT")],
+    [
+        ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+        ("import os; os.abort()", "SIGABRT"),
+        ("import os; os.kill(os.getpid(), 40)", "signal 40"),
+    ],
 )
 def test_a_program_that_breaks_says_how(python: PythonTool, program: str, name: str):
     with pytest.raises(ToolError, match=f"before\nThe program was ended by {name}"):

@@ -122,8 +122,7 @@ def _messages(
             if item.call_id not in calls:
                 message = f"{place}.call_id: there is no function_call {item.call_id!r} that this output could answer"
                 raise ApiError(400, message, code="no_such_call", param=f"{place}.call_id")
-            text = item.output if isinstance(item.output, str) else _text(item.output, place=f"{place}.output")
-            return (ToolResult(name=recipient_of(calls[item.call_id]), text=text),)
+            return (ToolResult(name=recipient_of(calls[item.call_id]), text=_output(item, place=f"{place}.output")),)
         case WebSearchItem() | CodeInterpreterItem() if item.id is not None and item.id in known:
             return known[item.id].messages
         case CodeInterpreterItem():
@@ -154,6 +153,23 @@ def _python(item: CodeInterpreterItem) -> tuple[Message, ...]:
     logs = "".join(str(output.get("logs", "")) for output in item.outputs or ())
     call = Assistant(text=item.code or "", channel="analysis", recipient=PYTHON, content_type="code")
     return call, ToolResult(name=PYTHON, text=logs, channel="analysis")
+
+
+def _output(item: FunctionCallOutputItem, *, place: str) -> str:
+    """What a function gave back; of pictures and files that it shows, that they cannot be seen.
+
+    A refusal would end the conversation for good, since the output stands in every request from here on; and it was the
+    model that asked for the picture. Told so, it finds another way.
+    """
+    if isinstance(item.output, str):
+        return item.output
+    texts = [
+        f"({part.type} left out: this model reads text only)"
+        if part.type in ("input_image", "input_file")
+        else _text_of(part, place=f"{place}.{index}")
+        for index, part in enumerate(item.output)
+    ]
+    return "\n".join(texts)
 
 
 def _text(parts: Iterable[Part], *, place: str) -> str:

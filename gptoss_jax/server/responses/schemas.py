@@ -52,7 +52,7 @@ def _parts(value: object) -> Iterable[object]:
 
 
 class Part(Body):
-    """A piece of content: input_text, output_text, reasoning_text, refusal, or one that is refused, as input_image."""
+    """A piece of content: input_text, output_text, reasoning_text, refusal, or what cannot be read, as input_image."""
 
     type: str
     text: str | None = None

@@ -89,6 +89,19 @@ async def test_items_of_a_tool_turn():
 
 
 @in_loop
+async def test_a_model_is_told_that_it_cannot_see_what_its_function_shows():
+    """As Codex does it: view_image gives a picture to whichever model called it."""
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "auto"}
+    output = [{"type": "input_text", "text": "Here:"}, image]
+    items = [*CALL_ITEMS[:-1], CALL_ITEMS[-1] | {"output": output}]
+    async with scripted(says("I cannot see it.")) as (client, engine):
+        response = await created(client, input=items, tools=[WEATHER])
+        (kept, *_) = (await client.responses.input_items.list(response.id)).data
+    assert "<|message|>Here:\n(input_image left out: this model reads text only)<|end|>" in engine.prompts[0]
+    assert kept.to_dict()["output"] == output
+
+
+@in_loop
 async def test_roles_and_parts():
     messages = [
         {"role": "system", "content": "Be brief."},

@@ -56,6 +56,10 @@ async def error_of(body: dict, **settings) -> openai.APIStatusError:
             {"role": "user", "content": "x"},
             {"type": "function_call_output", "call_id": "call_9", "output": "x"},
         ]}),
+        ("input.1.output.0.type", {"input": [
+            {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_audio"}]},
+        ]}),
         ("input.0.type", {"input": [{"type": "computer_call", "id": "x"}]}),
         ("background", {"background": True, "store": False}),
     ],
