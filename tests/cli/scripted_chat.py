@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import signal
 import sys
 import termios
 from pathlib import Path
@@ -22,6 +23,7 @@ SAID = (
 def main(folder: str) -> int:
     """Says what it thinks, then x for a minute or more, again and again."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C is a key of this terminal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job begins without
     tokenizer = load_tokenizer(Path(folder))
     ids: list[int] = []
     for channel, text, end in SAID:
