@@ -114,7 +114,7 @@ class _Completion:
         async with contextlib.aclosing(_merged(turns)) as events:
             async for number, event in events:
                 if isinstance(event, TurnFinished):
-                    self._choices[number].finish(event)
+                    await asyncio.to_thread(self._choices[number].finish, event)  # a schema may be checked for long
                     yield number, None
                 elif isinstance(event, Part):
                     if isinstance(event.event, Fault):
