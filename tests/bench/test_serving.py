@@ -268,7 +268,7 @@ def test_an_engine_starts_from_programs_on_disk(events: list[str]):
     # Everything was compiled once, and everything was found the second time.
     assert events.count("/jax/compilation_cache/cache_misses") >= found.programs
     assert events.count("/jax/compilation_cache/cache_hits") == events.count("/jax/compilation_cache/cache_misses")
-    # A step for prompts, one for decoding, and the drawing of constrained ids of each; a state, and what was said in it.
+    # A step for prompts, one for decoding, and the drawing of constrained ids of each; a state; what was said in it.
     assert found.programs == 6
     assert found.cache_bytes > 0
     assert found.warm_share_of_cold == found.warm_seconds / found.cold_seconds
