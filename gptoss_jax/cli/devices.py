@@ -7,11 +7,15 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptoss_jax.cli.exit_codes import exit_code
 from gptoss_jax.errors import UserError
 from gptoss_jax.hosts import EXIT_LOST, Hosts, start_hosts
+from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.mesh_choice import choose_mesh
+from gptoss_jax.model.transformer import Experts
 from gptoss_jax.sharding import MeshShape
 
 
@@ -34,6 +38,25 @@ def memory() -> int | None:
     """Bytes that a program may use on each device; None where the platform does not say, as on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     return None if stats is None else stats.get("bytes_limit")
+
+
+def choose(
+    options: argparse.Namespace, config: ModelConfig, experts: Experts, *, batch: int, context: int, first: bool
+) -> MeshShape:
+    """What `--mesh auto` means for so many rows of so many tokens; the first process says why."""
+    shape, why = choose_mesh(
+        config,
+        jax.device_count(),
+        batch=batch,
+        context=context,
+        bytes_per_device=memory(),
+        dtype=jnp.dtype(options.dtype),
+        experts=experts,
+        embedding=options.embedding,
+    )
+    if first:
+        print(f"mesh {shape}: {why}", file=sys.stderr)
+    return shape
 
 
 @contextlib.contextmanager

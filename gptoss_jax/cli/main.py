@@ -213,14 +213,7 @@ def _chat(commands: Commands) -> None:
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: as the context leaves")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K best ids; default: all")
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the best ids that add up to P; default: all"
-    )
-    sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only ids P times as likely as the best; default: all"
-    )
+    _drawing(sampling)
     sampling.add_argument("--seed", type=int, help="of the first answer; default: another one each time")
     _engine(parser, max_rows=1)
     _processes(parser, shared="the same arguments and the same checkpoint")
@@ -533,8 +526,7 @@ def _mesh(parser: Arguments, *, default: str | None, help: str) -> None:
     parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", default=default, help=help + shown)
 
 
-def _sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
+def _drawing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K best ids; default: all")
     group.add_argument(
@@ -543,6 +535,11 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-p", type=float, default=0.0, metavar="P", help="only ids P times as likely as the best; default: all"
     )
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    _drawing(group)
     group.add_argument(
         "--repetition-penalty",
         type=float,

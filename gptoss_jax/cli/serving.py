@@ -11,11 +11,9 @@ with serving.joined(options) as hosts:
 import argparse
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from gptoss_jax import checkpoint
@@ -30,8 +28,7 @@ from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.hosts import Hosts
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import check_way
-from gptoss_jax.model.mesh_choice import choose_mesh
-from gptoss_jax.model.transformer import Experts, GptOss, abstract_model
+from gptoss_jax.model.transformer import GptOss, abstract_model
 from gptoss_jax.sharding import MeshShape, make_mesh
 
 _CONTEXT = 32_768  # tokens of a conversation, where neither options nor the model say less
@@ -112,7 +109,9 @@ def _model(options: argparse.Namespace, hosts: Hosts, tokenizer: Tokenizer | Non
     limits = settings.limits(config)
     shape = None if options.mesh in (None, "auto") else MeshShape.parse(options.mesh)
     if options.mesh == "auto":
-        shape = _choose_mesh(options, config, experts, context=limits.max_context, first=hosts.process_id == 0)
+        shape = devices.choose(
+            options, config, experts, batch=options.max_rows, context=limits.max_context, first=hosts.process_id == 0
+        )
     mesh = None if shape is None else make_mesh(**dataclasses.asdict(shape))
     devices.check_all_take_part(mesh, hosts)
     placed = {"mesh": mesh, "dtype": jnp.dtype(options.dtype), "impl": options.impl, "dispatch": options.dispatch}
@@ -123,21 +122,3 @@ def _model(options: argparse.Namespace, hosts: Hosts, tokenizer: Tokenizer | Non
     agree_on_command(options, checkpoint=path)
     with devices.enough_memory():
         return checkpoint.load(path, **placed), settings
-
-
-def _choose_mesh(
-    options: argparse.Namespace, config: ModelConfig, experts: Experts, *, context: int, first: bool
-) -> MeshShape:
-    shape, why = choose_mesh(
-        config,
-        jax.device_count(),
-        batch=options.max_rows,
-        context=context,
-        bytes_per_device=devices.memory(),
-        dtype=jnp.dtype(options.dtype),
-        experts=experts,
-        embedding=options.embedding,
-    )
-    if first:
-        print(f"mesh {shape}: {why}", file=sys.stderr)
-    return shape

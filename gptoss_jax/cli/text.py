@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -22,8 +21,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import check_way
-from gptoss_jax.model.mesh_choice import choose_mesh
-from gptoss_jax.model.transformer import Experts, GptOss, abstract_model
+from gptoss_jax.model.transformer import GptOss, abstract_model
 from gptoss_jax.sharding import MeshShape, make_mesh
 
 
@@ -53,7 +51,8 @@ def generate(options: argparse.Namespace) -> int:
         config, experts = checkpoint.sizes(path)
         tokenizer, prompt = _prompt(path, options)
         if options.mesh == "auto":
-            shape = _choose_mesh(config, experts, options, num_tokens=len(prompt) + options.max_new_tokens, first=first)
+            context = len(prompt) + options.max_new_tokens
+            shape = devices.choose(options, config, experts, batch=1, context=context, first=first)
         mesh = None if shape is None else make_mesh(**dataclasses.asdict(shape))
         devices.check_all_take_part(mesh, hosts)
         settings = {"mesh": mesh, "dtype": jnp.dtype(options.dtype), "impl": options.impl, "dispatch": options.dispatch}
@@ -63,24 +62,6 @@ def generate(options: argparse.Namespace) -> int:
         with devices.enough_memory():
             _print(checkpoint.load(path, **settings), tokenizer, prompt, options, first=first)
     return 0
-
-
-def _choose_mesh(
-    config: ModelConfig, experts: Experts, options: argparse.Namespace, *, num_tokens: int, first: bool
-) -> MeshShape:
-    shape, why = choose_mesh(
-        config,
-        jax.device_count(),
-        batch=1,
-        context=num_tokens,
-        bytes_per_device=devices.memory(),
-        dtype=jnp.dtype(options.dtype),
-        experts=experts,
-        embedding=options.embedding,
-    )
-    if first:
-        print(f"mesh {shape}: {why}", file=sys.stderr)
-    return shape
 
 
 def _rehearse(
