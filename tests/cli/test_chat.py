@@ -345,14 +345,15 @@ class Terminal:
         )
         os.close(inside)
 
-    def wait_for(self, pattern: str, *, keys: str = "", seconds: float = 30) -> None:
-        """Reads until what is new matches, and forgets it. Types keys, again if nothing comes of them: between two
-        reads of a line Python may swallow a Ctrl-C."""
+    def wait_for(self, pattern: str, *, keys: str = "", seconds: float = 60) -> None:
+        """Reads until what is new matches, and forgets it. Types keys, and a Ctrl-C again if nothing comes of it:
+        between two reads of a line Python may swallow it. A line typed twice would be two messages."""
         until, typed = time.monotonic() + seconds, 0.0
         while (found := re.search(pattern, self.shown)) is None:
             assert time.monotonic() < until, f"{pattern!r} is not in {self.shown!r}"
-            if keys and time.monotonic() > typed + 3:
-                os.write(self.end, keys.encode())
+            if keys and (not typed or (keys == "\x03" and time.monotonic() > typed + 3)):
+                with contextlib.suppress(OSError):  # it has ended
+                    os.write(self.end, keys.encode())
                 typed = time.monotonic()
             if select.select([self.end], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):  # it has ended
