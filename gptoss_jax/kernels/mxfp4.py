@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptoss_jax.errors import UserError
 
@@ -26,7 +26,7 @@ CODE_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 LARGEST_CODE = 6.0
 NAN_SCALE = 255
 
-_INF, _NAN = 0x7F800000, 0x7FC00000  # float32 bits
+_INF, _NAN, _FRACTION = 0x7F800000, 0x7FC00000, 0x007FFFFF  # float32 bits
 
 ScaleRule = Literal["reuse", "even", "floor", "up"]
 
@@ -94,7 +94,7 @@ def decode_planes(
     return even, odd
 
 
-def _float_of(code: Int[Array, "*rows C 16"], scale: Int[Array, "*rows C 1"], dtype: DTypeLike) -> Array:
+def _float_of(code: Int[Array, "*rows C n"], scale: Int[Array, "*rows C 1"], dtype: DTypeLike) -> Array:
     """Builds float32 bits with integers, so that no step flushes a denormal to zero, as XLA's CPU arithmetic does."""
     magnitude, sign = code & 7, (code & 8) << 28
     exponent = (magnitude >> 1) + scale - 1
@@ -144,11 +144,7 @@ def encode(
     Raises:
         UserError: NaN or inf, a last axis that is no multiple of 32, or scales missing, not wanted or NaN (255).
     """
-    if rule not in get_args(ScaleRule):
-        raise UserError(f"scale rule {rule!r} is unknown; there are {', '.join(get_args(ScaleRule))}")
-    if (rule == "reuse") != (scales is not None):
-        found = "none" if scales is None else "some"
-        raise UserError(f"scale rule {rule!r} was given {found} of the scales: 'reuse' needs them, no other rule does")
+    _check_rule(rule, scales)
     if values.shape[-1] % BLOCK:
         raise UserError(f"the last axis is {values.shape[-1]}, no multiple of {BLOCK}: MXFP4 packs whole blocks")
     blocked = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, BLOCK)
@@ -167,6 +163,83 @@ def encode(
     return MXFP4(codes[..., 0::2] | codes[..., 1::2] << 4, scales)
 
 
+def encode_on_device(
+    values: Float[Array, "*rows K"], *, rule: ScaleRule, scales: UInt8[Array, "*rows C"] | None = None
+) -> MXFP4:
+    """`encode` of an array where it lies, byte for byte, and inside jit.
+
+    There nothing can be refused: a block with NaN or inf gets the NaN scale, and keeps it where it has it.
+    """
+    blocked = in_blocks(values)
+    found = scales_for(blocked, rule=rule, scales=scales)
+    codes, _ = nearest_codes(blocked, found)
+    return pack(codes[..., 0::2], codes[..., 1::2], found)
+
+
+def in_blocks(values: Float[Array, "*rows K"]) -> Float[Array, "*rows C 32"]:
+    """Raises UserError where the last axis is no multiple of 32."""
+    if values.shape[-1] % BLOCK:
+        raise UserError(f"the last axis is {values.shape[-1]}, no multiple of {BLOCK}: MXFP4 packs whole blocks")
+    return values.reshape(*values.shape[:-1], -1, BLOCK)
+
+
+def scales_for(
+    values: Float[Array, "*rows C n"], *, rule: ScaleRule, scales: UInt8[Array, "..."] | None
+) -> UInt8[Array, "*rows C"]:
+    """The scale bytes that `encode` would take by its rule; NaN's for a block that holds NaN or inf."""
+    _check_rule(rule, scales)
+    largest = _magnitude_bits(values).max(axis=-1)
+    if scales is None:
+        fraction = largest & _FRACTION
+        bump = {"floor": False, "even": fraction >= 3 << 21, "up": fraction > 1 << 22}[rule]  # 1.75 and 1.5, as below
+        scales = jnp.clip((largest >> 23) - 2 + bump, 0, NAN_SCALE - 1).astype(jnp.uint8)
+    elif scales.shape != largest.shape:
+        raise UserError(f"scales have shape {scales.shape}, the blocks of the values need {largest.shape}")
+    return jnp.where(largest < _INF, scales, jnp.uint8(NAN_SCALE))
+
+
+def nearest_codes(
+    values: Float[Array, "*rows C n"], scales: UInt8[Array, "*rows C"]
+) -> tuple[Int[Array, "*rows C n"], Bool[Array, "*rows C n"]]:
+    """The codes that `encode` gives, and whether each is nearest though the grid went on past 6, with 8.
+
+    In integers, as XLA's CPU arithmetic takes denormals for zero: value / scale is significand * 2^(exponent - 23).
+    From 1 on there are two codes in a power of two; below it the step is 0.5.
+    """
+    magnitude = _magnitude_bits(values)
+    fraction, biased = magnitude & _FRACTION, magnitude >> 23
+    significand = jnp.where(biased == 0, fraction << 1, fraction | 1 << 23)
+    exponent = jnp.clip(biased - scales[..., None].astype(jnp.int32), -3, 3)  # below 0.25 is 0, from 8 on 6
+    dropped = 22 - jnp.minimum(exponent, 0)
+    is_odd = significand >> dropped & 1
+    rounded = significand + (1 << dropped - 1) - 1 + is_odd >> dropped  # half to even
+    code = rounded + 2 * jnp.maximum(exponent, 0)
+    return jnp.minimum(code, 7) | (_float32_bits(values) >> 28 & 8), code <= 7
+
+
+def pack(even: Int[Array, "*rows C 16"], odd: Int[Array, "*rows C 16"], scales: UInt8[Array, "*rows C"]) -> MXFP4:
+    """The codes of the even elements and of the odd ones, in bytes."""
+    return MXFP4((even | odd << 4).astype(jnp.uint8), scales)
+
+
+def values_of(
+    codes: Int[Array, "*rows C n"], scales: UInt8[Array, "*rows C"], dtype: DTypeLike
+) -> Float[Array, "*rows C n"]:
+    """Every value, exactly, of codes one by one; see `MXFP4.decode`."""
+    return _float_of(codes, scales[..., None].astype(jnp.int32), dtype)
+
+
+def _magnitude_bits(values: Float[Array, "*rows"]) -> Int[Array, "*rows"]:
+    """Those of float32 without the sign: as integers they are in the order of the magnitudes, NaN after inf."""
+    return _float32_bits(values) & 0x7FFFFFFF
+
+
+def _float32_bits(values: Float[Array, "*rows"]) -> Int[Array, "*rows"]:
+    if values.dtype == jnp.bfloat16:  # its upper half; a conversion might flush a denormal
+        return lax.bitcast_convert_type(values, jnp.uint16).astype(jnp.int32) << 16
+    return lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+
+
 def refuse_nan_scales(scales: UInt8[np.ndarray, "*rows C"], *, name: str) -> None:
     """Scale byte 255 would make 32 weights NaN.
 
@@ -179,6 +252,14 @@ def refuse_nan_scales(scales: UInt8[np.ndarray, "*rows C"], *, name: str) -> Non
             f"tensor {name} holds scale byte 255 (NaN) at {where}; expected 0 to 254: "
             "the file is damaged or was quantised from NaN; get it again"
         )
+
+
+def _check_rule(rule: str, scales: Any) -> None:
+    if rule not in get_args(ScaleRule):
+        raise UserError(f"scale rule {rule!r} is unknown; there are {', '.join(get_args(ScaleRule))}")
+    if (rule == "reuse") != (scales is not None):
+        found = "none" if scales is None else "some"
+        raise UserError(f"scale rule {rule!r} was given {found} of the scales: 'reuse' needs them, no other rule does")
 
 
 def _scales(largest: Float[np.ndarray, "*rows C"], rule: ScaleRule) -> UInt8[np.ndarray, "*rows C"]:

@@ -71,7 +71,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "blocks of 4":
         monkeypatch.setattr(xla, "_MOST_QUERIES", 7)  # rounded down to a power of two
     if request.param == "blocks of 1":
-        monkeypatch.setattr(xla, "_SCORES_AT_ONCE", 1)  # not even one query's scores fit
+        monkeypatch.setattr(xla, "SCORES_AT_ONCE", 1)  # not even one query's scores fit
 
 
 @pytest.mark.usefixtures("blocks")
@@ -193,6 +193,6 @@ def test_memory_does_not_grow_with_queries_times_keys(dtype):
 
     memory = jax.jit(attend).lower(q, k, k, sinks, first).compile().memory_analysis()
     assert memory is not None
-    scores = 4 * xla._SCORES_AT_ONCE
+    scores = 4 * xla.SCORES_AT_ONCE
     around = 4 * (3 * queries * heads * head_dim + 4 * keys * kv_heads * head_dim)  # q, k and v, in other layouts
     assert memory.temp_size_in_bytes < 3 * scores + around  # scores, their exponentials, and weights in v's dtype

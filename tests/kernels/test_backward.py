@@ -190,7 +190,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "blocks of 4":
         monkeypatch.setattr(attention_xla, "_MOST_QUERIES", 4)
     if request.param == "blocks of 1":
-        monkeypatch.setattr(attention_xla, "_SCORES_AT_ONCE", 1)
+        monkeypatch.setattr(attention_xla, "SCORES_AT_ONCE", 1)
 
 
 def attention_operands(first_query: list[int], num_queries: int, num_keys: int) -> tuple[np.ndarray, ...]:
@@ -277,7 +277,7 @@ def test_attention_gradients_never_hold_all_scores(window: int | None):
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(q, k, k, sinks, first).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    scores = 4 * attention_xla._SCORES_AT_ONCE
+    scores = 4 * attention_xla.SCORES_AT_ONCE
     around = 4 * (4 * queries * heads * head_dim + 6 * keys * kv_heads * head_dim)  # operands and gradients
     # The shares of a block, their gradients and the scores'; half of that is what XLA keeps.
     assert memory.temp_size_in_bytes < 4 * scores + around

@@ -1,5 +1,7 @@
 """The dense product against NumPy in float64, plain and 8-bit; its gradients, and what packing costs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +136,15 @@ def test_a_packed_matrix_is_a_tree_of_two_arrays():
     packed = pack(jnp.ones((3, 32)))
     assert [leaf.shape for leaf in jax.tree.leaves(packed)] == [(3, 32), (3, 1)]
     assert isinstance(jax.tree.map(lambda leaf: leaf, packed), Int8)
+
+
+def test_products_of_bfloat16_go_back_in_bfloat16() -> None:
+    """In float32 they take a processor that multiplies bfloat16 several times as long."""
+    x, weight = jnp.ones((3, 4), jnp.bfloat16), jnp.ones((5, 4), jnp.bfloat16)
+    gradients = jax.jit(jax.grad(lambda x, weight: jnp.sum(linear.matmul(x, weight) ** 2), argnums=(0, 1)))
+    products = re.findall(r"dot_general .*: \((\S+), (\S+)\)", gradients.lower(x, weight).as_text())
+    assert len(products) == 3
+    assert all(operand.endswith("xbf16>") for operands in products for operand in operands)
+    d_x, d_weight = gradients(x, weight)
+    np.testing.assert_array_equal(d_x, jnp.full((3, 4), 2 * 4 * 5, jnp.bfloat16))
+    np.testing.assert_array_equal(d_weight, jnp.full((5, 4), 2 * 4 * 3, jnp.bfloat16))

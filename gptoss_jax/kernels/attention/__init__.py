@@ -28,6 +28,7 @@ def full(
     sinks: Float[Array, " N"],
     *,
     first_query: Int[Array, " B"],
+    first_key: Int[Array, "B T"] | None = None,
     impl: str = "xla",
     device_kind: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -39,12 +40,17 @@ def full(
         v: as k.
         sinks: one more logit per head in its softmax, which has no value.
         first_query: see q.
+        first_key: the first position that each query sees, where rows hold several texts; None is all from 0 on.
         impl: a name of `choose`, resolved.
         device_kind: whose block sizes are taken, where kernels/tuned has them.
+
+    Raises:
+        Unsupported: first_key is given to another implementation than "xla".
     """
+    _check_first_key(first_key, impl)
     if not q.size:  # no kernel has a grid of nothing
         return jnp.zeros_like(q)
-    return _full(q, k, v, sinks, first_query, impl, device_kind)
+    return _full(q, k, v, sinks, first_query, first_key, impl, device_kind)
 
 
 def sliding(
@@ -55,6 +61,7 @@ def sliding(
     *,
     first_query: Int[Array, " B"],
     window: int,
+    first_key: Int[Array, "B T"] | None = None,
     impl: str = "xla",
     device_kind: str | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -63,9 +70,17 @@ def sliding(
     Args as for `full`, but the key at index i of row b stands at position first_query[b] - window + i: the `window`
     positions before the first query, then one key per query. What stands before position 0 is invisible.
     """
+    _check_first_key(first_key, impl)
     if not q.size:
         return jnp.zeros_like(q)
-    return _sliding(q, k, v, sinks, first_query, window, impl, device_kind)
+    return _sliding(q, k, v, sinks, first_query, first_key, window, impl, device_kind)
+
+
+def _check_first_key(first_key: Array | None, impl: str) -> None:
+    if first_key is not None and impl != "xla":
+        raise Unsupported(
+            f"attention's implementation {impl!r} takes rows of one text each, these hold several: choose attention=xla"
+        )
 
 
 def paged(
@@ -108,43 +123,64 @@ def paged(
 # jax.custom_vjp takes no keyword-only arguments.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _full(q: Array, k: Array, v: Array, sinks: Array, first_query: Array, impl: str, device_kind: str | None) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _full(
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array,
+    first_query: Array,
+    first_key: Array | None,
+    impl: str,
+    device_kind: str | None,
+) -> Array:
     found = function("attention", "full", impl, device_kind=device_kind)
-    return found(q, k, v, sinks, first_query=first_query)
+    return found(q, k, v, sinks, first_query=first_query, **_given(first_key))
 
 
-def _full_forward(*operands: Any) -> tuple[Array, tuple[Array, ...]]:
-    return _full(*operands), operands[:5]
+def _given(first_key: Array | None) -> dict[str, Array]:
+    """What only xla.py takes is told to nobody else."""
+    return {} if first_key is None else {"first_key": first_key}
 
 
-def _full_backward(
-    impl: str, device_kind: str | None, saved: tuple[Array, ...], d_out: Array
-) -> tuple[Array | None, ...]:
-    q, k, v, sinks, first_query = saved
-    return (*backward.full(q, k, v, sinks, d_out, first_query=first_query), None)
+def _full_forward(*operands: Any) -> tuple[Array, tuple[Array | None, ...]]:
+    return _full(*operands), operands[:6]
+
+
+def _full_backward(impl: str, device_kind: str | None, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
+    q, k, v, sinks, first_query, first_key = saved
+    return (*backward.full(q, k, v, sinks, d_out, first_query=first_query, first_key=first_key), None, None)
 
 
 _full.defvjp(_full_forward, _full_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _sliding(
-    q: Array, k: Array, v: Array, sinks: Array, first_query: Array, window: int, impl: str, device_kind: str | None
+    q: Array,
+    k: Array,
+    v: Array,
+    sinks: Array,
+    first_query: Array,
+    first_key: Array | None,
+    window: int,
+    impl: str,
+    device_kind: str | None,
 ) -> Array:
     found = function("attention", "sliding", impl, device_kind=device_kind)
-    return found(q, k, v, sinks, first_query=first_query, window=window)
+    return found(q, k, v, sinks, first_query=first_query, window=window, **_given(first_key))
 
 
-def _sliding_forward(*operands: Any) -> tuple[Array, tuple[Array, ...]]:
-    return _sliding(*operands), operands[:5]
+def _sliding_forward(*operands: Any) -> tuple[Array, tuple[Array | None, ...]]:
+    return _sliding(*operands), operands[:6]
 
 
 def _sliding_backward(
-    window: int, impl: str, device_kind: str | None, saved: tuple[Array, ...], d_out: Array
-) -> tuple[Array | None, ...]:
-    q, k, v, sinks, first_query = saved
-    return (*backward.sliding(q, k, v, sinks, d_out, first_query=first_query, window=window), None)
+    window: int, impl: str, device_kind: str | None, saved: tuple[Any, ...], d_out: Array
+) -> tuple[Any, ...]:
+    q, k, v, sinks, first_query, first_key = saved
+    found = backward.sliding(q, k, v, sinks, d_out, first_query=first_query, first_key=first_key, window=window)
+    return (*found, None, None)
 
 
 _sliding.defvjp(_sliding_forward, _sliding_backward)

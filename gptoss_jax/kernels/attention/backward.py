@@ -19,6 +19,9 @@ from gptoss_jax.kernels.attention.xla import (
     sliding_blocks,
     softmax,
 )
+from gptoss_jax.kernels.zeros import zeros
+
+_COPIES = 4  # of a block's scores: weights and gradients of both, in float32 and as operands of products
 
 # Of q, k, v and sinks, in float32 but for q.
 Gradients = tuple[Float[Array, "B T N H"], Float[Array, "B keys K H"], Float[Array, "B keys K H"], Float[Array, " N"]]
@@ -32,9 +35,11 @@ def full(
     d_out: Float[Array, "B T N H"],
     *,
     first_query: Int[Array, " B"],
+    first_key: Int[Array, "B T"] | None = None,
 ) -> Gradients:
     """The gradients of q, k, v and sinks, in their dtypes; what was invisible has gradient zero."""
-    return _in_blocks(q, k, v, sinks, d_out, full_blocks(q, k, first_query=first_query))
+    blocks = full_blocks(q, k, first_query=first_query, first_key=first_key, copies=_COPIES)
+    return _in_blocks(q, k, v, sinks, d_out, blocks)
 
 
 def sliding(
@@ -46,9 +51,11 @@ def sliding(
     *,
     first_query: Int[Array, " B"],
     window: int,
+    first_key: Int[Array, "B T"] | None = None,
 ) -> Gradients:
     """As `full`, for keys that lie as `sliding` wants them."""
-    return _in_blocks(q, k, v, sinks, d_out, sliding_blocks(q, first_query=first_query, window=window))
+    blocks = sliding_blocks(q, first_query=first_query, window=window, first_key=first_key, copies=_COPIES)
+    return _in_blocks(q, k, v, sinks, d_out, blocks)
 
 
 def _in_blocks(q: Array, k: Array, v: Array, sinks: Array, d_out: Array, blocks: Blocks) -> Gradients:
@@ -69,8 +76,9 @@ def _in_blocks(q: Array, k: Array, v: Array, sinks: Array, d_out: Array, blocks:
             d_sinks + adds[3],
         )
 
-    zeros = (jnp.zeros_like(q), *(jnp.zeros(x.shape, jnp.float32) for x in (k, v, sinks)))
-    d_q, d_k, d_v, d_sinks = lax.fori_loop(0, blocks.count, step, zeros)
+    dtypes = (q.dtype, *[jnp.float32] * 3)
+    nothing = tuple(zeros(x.shape, dtype, after=d_out) for x, dtype in zip((q, k, v, sinks), dtypes, strict=True))
+    d_q, d_k, d_v, d_sinks = lax.fori_loop(0, blocks.count, step, nothing)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks.astype(sinks.dtype)
 
 

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-_SCORES_AT_ONCE = 1 << 26  # float32 scores of one block of queries: 256 MiB
+from gptoss_jax.kernels.zeros import zeros
+
+SCORES_AT_ONCE = 1 << 26  # float32 scores of one block of queries: 256 MiB
 _MOST_QUERIES = 512
 
 Index = Int[Array, ""] | int
@@ -32,9 +34,13 @@ def full(
     sinks: Float[Array, " N"],
     *,
     first_query: Int[Array, " B"],
+    first_key: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Query t of row b stands at position first_query[b] + t and sees the keys up to there. Softmax in float32."""
-    return _in_blocks(q, k, v, sinks, full_blocks(q, k, first_query=first_query))
+    """Query t of row b stands at position first_query[b] + t and sees the keys up to there, from first_key[b, t] on.
+
+    Softmax in float32.
+    """
+    return _in_blocks(q, k, v, sinks, full_blocks(q, k, first_query=first_query, first_key=first_key))
 
 
 def sliding(
@@ -45,9 +51,10 @@ def sliding(
     *,
     first_query: Int[Array, " B"],
     window: int,
+    first_key: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Query t sees `window` keys, its own included. The keys: the `window` positions before the first query, then T."""
-    return _in_blocks(q, k, v, sinks, sliding_blocks(q, first_query=first_query, window=window))
+    return _in_blocks(q, k, v, sinks, sliding_blocks(q, first_query=first_query, window=window, first_key=first_key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,29 +74,56 @@ class Blocks:
         return jnp.minimum(i * self.size, self.num_queries - self.size)
 
 
-def full_blocks(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, first_query: Int[Array, " B"]) -> Blocks:
+def full_blocks(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    *,
+    first_query: Int[Array, " B"],
+    first_key: Int[Array, "B T"] | None,
+    copies: int = 1,
+) -> Blocks:
+    """`copies` of the scores are in memory at a time."""
     rows, num_queries, heads, _ = q.shape
     num_keys = k.shape[1]
-    size = block_size(num_queries, scores_per_query=rows * heads * num_keys)
+    size = block_size(num_queries, scores_per_query=rows * heads * num_keys * copies)
 
     def sight(start: Index) -> tuple[Index, Bool[Array, "B t S"]]:
         positions = first_query[:, None] + start + jnp.arange(size)
-        return 0, jnp.arange(num_keys) <= positions[:, :, None]
+        key = jnp.arange(num_keys)
+        return 0, (key <= positions[:, :, None]) & _is_own(key[None], first_key, start, size)
 
     return Blocks(num_queries, size, sight)
 
 
-def sliding_blocks(q: Float[Array, "B T N H"], *, first_query: Int[Array, " B"], window: int) -> Blocks:
+def sliding_blocks(
+    q: Float[Array, "B T N H"],
+    *,
+    first_query: Int[Array, " B"],
+    window: int,
+    first_key: Int[Array, "B T"] | None,
+    copies: int = 1,
+) -> Blocks:
+    """`copies` of the scores are in memory at a time."""
     rows, num_queries, heads, _ = q.shape
-    size = block_size(num_queries, scores_per_query=rows * heads * (window + _MOST_QUERIES))
+    size = block_size(num_queries, scores_per_query=rows * heads * (window + _MOST_QUERIES) * copies)
     query, key = jnp.arange(size)[:, None], jnp.arange(window + size)
     in_window = (key > query) & (key <= query + window)  # key i of a block stands `window` before its query i
 
     def sight(start: Index) -> tuple[Index, Bool[Array, "B t s"]]:
-        exists = first_query[:, None] - window + start + key >= 0
-        return start, in_window & exists[:, None, :]
+        position = first_query[:, None] - window + start + key
+        exists = position >= 0
+        return start, in_window & exists[:, None, :] & _is_own(position, first_key, start, size)
 
     return Blocks(num_queries, size, sight)
+
+
+def _is_own(
+    key: Int[Array, "_ s"], first_key: Int[Array, "B T"] | None, start: Index, size: int
+) -> Bool[Array, "B t s"] | bool:
+    """Whether the key at a position belongs to the query's own text, of the block from `start` on."""
+    if first_key is None:
+        return True
+    return key[:, None, :] >= cut_axis1(first_key, start, size)[:, :, None]
 
 
 def softmax(
@@ -150,7 +184,7 @@ def _attend(
 
 def block_size(num_queries: int, *, scores_per_query: int) -> int:
     """The largest power of two of queries whose scores fit, at most `_MOST_QUERIES`; or all of them."""
-    fits = max(1, min(_SCORES_AT_ONCE // scores_per_query, _MOST_QUERIES, num_queries))
+    fits = max(1, min(SCORES_AT_ONCE // scores_per_query, _MOST_QUERIES, num_queries))
     return 1 << (fits.bit_length() - 1) if fits < num_queries else num_queries
 
 
@@ -168,4 +202,4 @@ def _in_blocks(
         done = _attend(cut_axis1(q, start, blocks.size), near_k, near_v, sinks, visible)
         return lax.dynamic_update_slice_in_dim(out, done, start, axis=1)
 
-    return lax.fori_loop(0, blocks.count, step, jnp.zeros_like(q))
+    return lax.fori_loop(0, blocks.count, step, zeros(q.shape, q.dtype, after=q))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gptoss_jax.kernels.choose import Layout
 from gptoss_jax.kernels.moe_matmul.xla import Tile, Weight, expert_output, for_each_tile, one_expert, tile_rows, unpack
+from gptoss_jax.kernels.zeros import zeros
 
 # Of x, of a plain weight, of the bias.
 Gradients = tuple[Float[Array, "M I"], Float[Array, "..."] | None, Float[Array, "E *outputs"]]
@@ -30,8 +31,8 @@ def moe_matmul(
     Gradients of weight and bias add up in float32. Rows past the last group have gradient zero.
     """
     plain_dtype = weight.dtype if isinstance(weight, jax.Array) else None
-    d_weight = None if plain_dtype is None else jnp.zeros(weight.shape, jnp.float32)
-    zeros: Gradients = (jnp.zeros_like(x), d_weight, jnp.zeros(bias.shape, jnp.float32))
+    d_weight = None if plain_dtype is None else zeros(weight.shape, jnp.float32, after=d_out)
+    start: Gradients = (zeros(x.shape, x.dtype, after=d_out), d_weight, zeros(bias.shape, jnp.float32, after=d_out))
 
     def one_tile(tile: Tile, sums: Gradients) -> Gradients:
         d_x, d_weight, d_bias = sums
@@ -50,5 +51,5 @@ def moe_matmul(
         return tile.put(d_x, d_rows), d_weight, d_bias.at[tile.expert].add(d_expert_bias)
 
     size = tile_rows(x.shape[0], group_sizes.shape[0], expected_rows=expected_rows)
-    d_x, d_weight, d_bias = for_each_tile(one_tile, zeros, group_sizes, num_rows=x.shape[0], size=size)
+    d_x, d_weight, d_bias = for_each_tile(one_tile, start, group_sizes, num_rows=x.shape[0], size=size)
     return d_x, None if d_weight is None else d_weight.astype(plain_dtype), d_bias.astype(bias.dtype)

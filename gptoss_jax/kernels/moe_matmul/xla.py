@@ -21,6 +21,7 @@ from gptoss_jax.kernels.columns import Columns
 from gptoss_jax.kernels.linear.xla import matmul
 from gptoss_jax.kernels.moe_matmul.swiglu import swiglu
 from gptoss_jax.kernels.mxfp4 import MXFP4, decode_planes
+from gptoss_jax.kernels.zeros import zeros
 
 _MOST_ROWS = 256  # in a tile: a longer one would pad small groups without making the product faster
 
@@ -51,7 +52,7 @@ def moe_matmul(
         planes = unpack(one_expert(weight, tile.expert), x.dtype, plain=plain)
         return tile.put(out, expert_output(tile.of(x), planes, bias[tile.expert], limit=swiglu_limit))
 
-    out = jnp.zeros((x.shape[0], bias.shape[1]), jnp.float32 if swiglu_limit is None else x.dtype)
+    out = zeros((x.shape[0], bias.shape[1]), jnp.float32 if swiglu_limit is None else x.dtype, after=x)
     size = tile_rows(x.shape[0], group_sizes.shape[0], expected_rows=expected_rows)
     return for_each_tile(one_tile, out, group_sizes, num_rows=x.shape[0], size=size)
 
