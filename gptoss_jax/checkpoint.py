@@ -15,6 +15,7 @@ from jax.experimental.layout import Format
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from gptoss_jax import nano
 from gptoss_jax.convert.json_file import read_object
 from gptoss_jax.convert.manifest import MANIFEST_NAME
 from gptoss_jax.convert.source import CONFIG_NAME, Parameters, Source
@@ -49,7 +50,7 @@ def load(
     """Loads a model, each parameter straight to its place on the mesh; a process reads only its own shards.
 
     Args:
-        path: a converted checkpoint, or a released folder of either layout.
+        path: a converted checkpoint, or a released folder of either layout; "nano" is the one in this package.
         mesh: where to (see sharding.make_mesh); None is the first device.
         dtype: of computation and of the parameters outside packed experts: bfloat16 or float32.
         dense: see GptOss; "int8" rounds each weight as it comes, and the checkpoint stays as it is.
@@ -61,7 +62,7 @@ def load(
         UserError: nothing that can be loaded is there, it is not whole, or the model does not fit the mesh.
         Unsupported: a named implementation that does not run on these devices, or 8-bit weights on several.
     """
-    source = _open(Path(path))
+    source = _open(nano.find(path))
     settings: dict[str, Any] = {"dense": dense, "impl": impl, "dispatch": dispatch, "embedding": embedding}
     model = abstract_model(source.config, dtype=dtype, experts=source.experts, mesh=mesh, **settings)
     placement = place_model(source.config, mesh)
@@ -81,7 +82,7 @@ def sizes(path: str | Path) -> tuple[ModelConfig, Experts]:
     Raises:
         UserError: as `load`.
     """
-    source = _open(Path(path))
+    source = _open(nano.find(path))
     return source.config, source.experts
 
 

@@ -16,7 +16,7 @@ from gptoss_jax.model.cache import FullCache, RingCache
 from gptoss_jax.model.config import LayerKind, ModelConfig
 from gptoss_jax.model.implementations import device_kind_of
 from gptoss_jax.model.layers import Dense, Linear, declare
-from gptoss_jax.model.paged import LayerPages, Part, apart, in_line
+from gptoss_jax.model.paged import LayerPages, Part, adapters_in_line, apart, in_line
 from gptoss_jax.model.rope import rotate
 from gptoss_jax.sharding import WHOLE, Placement, row_axis
 
@@ -60,25 +60,45 @@ class Attention(nnx.Module):
         *,
         length: Int[Array, " B"],
         count: Int[Array, " B"],
+        adapter: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], FullCache | RingCache]:
-        """The T tokens of row b stand at positions length[b], length[b] + 1, …; the first count[b] of them are kept."""
-        q, k, v = self._project(x, length[:, None] + jnp.arange(x.shape[1]))
+        """The T tokens of row b stand at positions length[b], length[b] + 1, …; the first count[b] of them are kept.
+
+        `adapter`: see Linear.
+        """
+        q, k, v = self._project(x, length[:, None] + jnp.arange(x.shape[1]), adapter)
         mixed, grown = self._local(x.shape[0])(q, k, v, cache, self.sinks[...], length, count)
-        return self.o(mixed), grown
+        return self.o(mixed, adapter=adapter), grown
+
+    def whole(self, x: Float[Array, "B T D"], *, starts: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of whole texts, several in each, as training packs them: see train/batch.py. Needs no cache.
+
+        A token's text begins at `starts` of it: positions count from there, and nothing before is seen.
+        """
+        q, k, v = self._project(x, jnp.arange(x.shape[1]) - starts, None)
+        if self.mesh is None:
+            return self.o(self._attend_whole(q, k, v, self.sinks[...], starts))
+        rows = row_axis(x.shape[0], self.mesh)
+        heads = P(rows, None, "tensor")
+        in_specs = (heads, heads, heads, P("tensor"), P(rows))
+        local = jax.shard_map(self._attend_whole, mesh=self.mesh, in_specs=in_specs, out_specs=heads, check_vma=False)
+        return self.o(local(q, k, v, self.sinks[...], starts))
 
     def paged(
         self, x: Float[Array, "1 M D"], pages: LayerPages, *, parts: Sequence[Part]
     ) -> tuple[Float[Array, "1 M D"], LayerPages]:
         """The tokens of all parts in one line; each attends to its own sequence, in pages."""
-        q, k, v = self._project(x, in_line([part.positions() for part in parts])[None])
+        adapter = adapters_in_line(parts)
+        q, k, v = self._project(x, in_line([part.positions() for part in parts])[None], adapter)
         mixed, grown = self._local_paged()(q[0], k[0], v[0], pages, self.sinks[...], tuple(parts))
-        return self.o(mixed[None]), grown
+        return self.o(mixed[None], adapter=adapter), grown
 
     def _project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], adapter: Int[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Queries, keys and values; the first two know their positions."""
-        return rotate(self.q(x), positions, self.rope), rotate(self.k(x), positions, self.rope), self.v(x)
+        q, k, v = (linear(x, adapter=adapter) for linear in (self.q, self.k, self.v))
+        return rotate(q, positions, self.rope), rotate(k, positions, self.rope), v
 
     def _local(self, num_rows: int) -> Callable[..., tuple[Float[Array, "B T N H"], FullCache | RingCache]]:
         """From queries to mixed values. On a mesh each device has its own rows and heads, and needs no other's."""
@@ -103,6 +123,25 @@ class Attention(nnx.Module):
         attend = kernels.full if self.window is None else functools.partial(kernels.sliding, window=self.window)
         settings = {"impl": self.impl, "device_kind": self.device_kind}
         return attend(q, keys, values, sinks, first_query=length, **settings), grown
+
+    def _attend_whole(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        sinks: Float[Array, " N"],
+        starts: Int[Array, "B T"],
+    ) -> Float[Array, "B T N H"]:
+        settings: dict[str, Any] = {
+            "first_query": jnp.zeros(len(q), jnp.int32),
+            "first_key": starts,
+            "impl": self.impl,
+            "device_kind": self.device_kind,
+        }
+        if self.window is None:
+            return kernels.full(q, k, v, sinks, **settings)
+        k, v = (jnp.pad(x, ((0, 0), (self.window, 0), (0, 0), (0, 0))) for x in (k, v))
+        return kernels.sliding(q, k, v, sinks, window=self.window, **settings)
 
     def _local_paged(self) -> Callable[..., tuple[Float[Array, "M N H"], LayerPages]]:
         """On a mesh each device has its own heads of every page; which tokens there are, all know."""

@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.errors import Unsupported, UserError
-from gptoss_jax.kernels.moe_matmul import moe_matmul
+from gptoss_jax.kernels.moe_matmul.adapted import adapted_matmul
+from gptoss_jax.kernels.permute import permuted
 from gptoss_jax.model.implementations import device_kind_of, platform_of
 from gptoss_jax.model.rounds import Padded, Ragged, count, plan_rounds, sum_of_rounds
 from gptoss_jax.sharding import AnyMesh, row_axis
@@ -129,6 +130,7 @@ def mix(
     limit: float,
     impl: str,
     is_real: Bool[Array, "B T"] | None = None,
+    adapter: Int[Array, "B T"] | None = None,
     mesh: AnyMesh | None = None,
     way: Way | None = None,
     expert_specs: Any = None,
@@ -143,6 +145,7 @@ def mix(
         limit: where swiglu cuts gate and up.
         impl: of moe_matmul, resolved.
         is_real: tokens that are not come out as zeros, and cost nothing; None is all.
+        adapter: which of the adapters that `experts` have each token takes, -1 none; None is all of them.
         mesh: None is one device, which needs no way.
         way: None is `Load.choose_way`.
         expert_specs: a tree of PartitionSpecs for `experts`, which a mesh needs.
@@ -158,8 +161,8 @@ def mix(
     if mesh is None:
         rows, logits = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
         chosen, weights = route(logits, experts_per_token)
-        chosen = _only_of_real(chosen, None if is_real is None else is_real.reshape(-1), nobody=len(experts[-1]))
-        mixed = _visit_own(rows, chosen, weights, experts, first_expert=0, visit=visit)
+        chosen = _only_of_real(chosen, _flat(is_real), nobody=len(experts[-1]))
+        mixed = _visit_own(rows, chosen, weights, experts, adapter=_flat(adapter), first_expert=0, visit=visit)
         return mixed.astype(x.dtype).reshape(x.shape)
 
     row_spec = P(row_axis(x.shape[0], mesh))
@@ -168,21 +171,25 @@ def mix(
     chosen_way = load.choose_way() if way is None else way
     visit = functools.partial(visit, expected_rows=load.own_visits(chosen_way))
 
-    def local(x: Array, logits: Array, experts: Experts, is_real: Array | None) -> Array:
+    def local(x: Array, logits: Array, experts: Experts, is_real: Array | None, adapter: Array | None) -> Array:
         rows, logits = x.reshape(-1, x.shape[-1]), logits.reshape(-1, logits.shape[-1])
-        is_real = None if is_real is None else is_real.reshape(-1)
+        tokens: dict[str, Any] = {"is_real": _flat(is_real), "adapter": _flat(adapter)}
         experts = _with_one_bias(experts)
         if chosen_way == "reduce":
-            mixed = _reduce(rows, logits, is_real, experts, load=load, visit=visit)
+            mixed = _reduce(rows, logits, experts, load=load, visit=visit, **tokens)
         else:
-            mixed = _exchange(rows, logits, is_real, experts, load=load, cut=cut, way=chosen_way, visit=visit)
+            mixed = _exchange(rows, logits, experts, load=load, cut=cut, way=chosen_way, visit=visit, **tokens)
         return mixed.reshape(x.shape)
 
     # Routing is inside: outside XLA gathers the rows of all devices before a top_k. The loops, whose number of steps
     # differs by device, have no replication rule to check.
-    in_specs = (row_spec, row_spec, expert_specs, row_spec)
+    in_specs = (row_spec, row_spec, expert_specs, row_spec, row_spec)
     on_mesh = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=row_spec, check_vma=False)
-    return on_mesh(x, logits, experts, is_real)
+    return on_mesh(x, logits, experts, is_real, adapter)
+
+
+def _flat(x: Array | None) -> Array | None:
+    return None if x is None else x.reshape(-1)
 
 
 def _load(
@@ -238,22 +245,28 @@ def _with_one_bias(experts: Experts) -> Experts:
 
 def _visit(
     x: Float[Array, "M D"],
-    token: Int[Array, " S"],
     expert: Int[Array, " S"],
     experts: Experts,
     *,
+    adapter: Int[Array, " M"] | None = None,
     expected_rows: int | None = None,
     limit: float,
     impl: str,
     device_kind: str | None,
 ) -> Float[Array, "S D"]:
-    """For each visit what the expert makes of x[token], in float32; zero where there is no such expert here."""
+    """For each visit what the expert makes of its token, in float32; zero where there is no such expert here.
+
+    Tokens have S / M visits each, one after the other.
+    """
     gate_up, gate_up_bias, down, down_bias = experts
     order = jnp.argsort(expert, stable=True)  # visits to nobody have the highest number, and sort behind
+    place = jnp.argsort(order)
     group_sizes = count(expert, len(down_bias))
     settings: dict[str, Any] = {"expected_rows": expected_rows, "impl": impl, "device_kind": device_kind}
-    hidden = moe_matmul(x[token[order]], gate_up, gate_up_bias, group_sizes, swiglu_limit=limit, **settings)
-    return moe_matmul(hidden, down, down_bias, group_sizes, **settings)[jnp.argsort(order)]
+    settings["adapter"] = None if adapter is None else adapter[order // (len(order) // len(x))]
+    visits = permuted(x, order, place)
+    hidden = adapted_matmul(visits, gate_up, gate_up_bias, group_sizes, swiglu_limit=limit, **settings)
+    return permuted(adapted_matmul(hidden, down, down_bias, group_sizes, **settings), place, order)
 
 
 def _visit_own(
@@ -262,6 +275,7 @@ def _visit_own(
     weights: Float[Array, "M X"],
     experts: Experts,
     *,
+    adapter: Int[Array, " M"] | None,
     first_expert: Int[Array, ""] | int,
     visit: Visit,
 ) -> Float[Array, "M D"]:
@@ -269,8 +283,7 @@ def _visit_own(
     num_experts = len(experts[-1])
     own = chosen.reshape(-1) - first_expert
     own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)
-    token = jnp.arange(len(own)) // chosen.shape[1]
-    out = visit(x, token, own, experts).reshape(*chosen.shape, -1)
+    out = visit(x, own, experts, adapter=adapter).reshape(*chosen.shape, -1)
     return _weighted_sum(weights, out)
 
 
@@ -285,9 +298,10 @@ def _weighted_sum(weights: Float[Array, "M X"], out: Float[Array, "M X D"]) -> F
 def _reduce(
     x: Float[Array, "M D"],
     logits: Float[Array, "M E"],
-    is_real: Bool[Array, " M"] | None,
     experts: Experts,
     *,
+    is_real: Bool[Array, " M"] | None,
+    adapter: Int[Array, " M"] | None,
     load: Load,
     visit: Visit,
 ) -> Float[Array, "M D"]:
@@ -295,16 +309,17 @@ def _reduce(
     first = lax.axis_index("expert") * len(experts[-1])
     chosen, weights = route(logits, load.experts_per_token)
     chosen = _only_of_real(chosen, is_real, nobody=load.expert_shards * len(experts[-1]))
-    mixed = _visit_own(x, chosen, weights, experts, first_expert=first, visit=visit)
+    mixed = _visit_own(x, chosen, weights, experts, adapter=adapter, first_expert=first, visit=visit)
     return _sum_over(("expert", "tensor"), mixed).astype(x.dtype)
 
 
 def _exchange(
     x: Float[Array, "N D"],
     logits: Float[Array, "N E"],
-    is_real: Bool[Array, " N"] | None,
     experts: Experts,
     *,
+    is_real: Bool[Array, " N"] | None,
+    adapter: Int[Array, " N"] | None,
     load: Load,
     cut: tuple[str, ...],
     way: Way,
@@ -328,13 +343,18 @@ def _exchange(
         room=load.room(way),
     )
     numbers, codes, join = _take_apart(experts)
+    # Rows travel as floats, which hold such small numbers whole.
+    own = None if adapter is None else share(adapter).astype(jnp.float32)[:, None]
 
-    def one_round(number: Array, fixed: tuple[Padded | Ragged, Leaves], moving: tuple[Array, Array, Leaves]) -> Array:
-        visits, codes = fixed
+    def one_round(
+        number: Array, fixed: tuple[Padded | Ragged, Array | None, Leaves], moving: tuple[Array, Array, Leaves]
+    ) -> Array:
+        visits, own, codes = fixed
         x, weights, numbers = moving
         received = visits.send(x, number)
+        adapter = None if own is None else visits.send(own, number)[:, 0].astype(jnp.int32)
         expert = visits.experts_of_received(number)
-        out = visit(received, jnp.arange(len(received)), expert, join(numbers, codes))
+        out = visit(received, expert, join(numbers, codes), adapter=adapter)
         results = visits.send_back(out.astype(x.dtype), number)
         place, is_here = visits.place(number)
         return _weighted_sum(weights, jnp.where(is_here[..., None], results[place], 0))
@@ -344,7 +364,7 @@ def _exchange(
         one_round,
         start=start,
         num_rounds=visits.num_rounds(),
-        fixed=(visits, codes),
+        fixed=(visits, own, codes),
         moving=(share(x), weights, numbers),
     )
     mixed = _sum_over(("tensor",), mixed).astype(x.dtype)

@@ -19,8 +19,9 @@ from jaxtyping import Array
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.choose import Layout
 from gptoss_jax.kernels.columns import Columns, columns_codes, columns_scales
+from gptoss_jax.kernels.moe_matmul.adapted import Adapted
 from gptoss_jax.kernels.mxfp4 import BLOCK, MXFP4
-from gptoss_jax.model.layers import Init, declare, fan_in
+from gptoss_jax.model.layers import Init, LowRank, declare, fan_in
 from gptoss_jax.sharding import WHOLE, Axes, Placement, partition
 
 
@@ -44,6 +45,8 @@ class ExpertLinear(nnx.Module):
         rows, row_axes = (num_experts, *outputs), ("experts", *output_axes)
         self.packed = packed
         self.layout: Layout = layout
+        self.adapter: LowRank | None = nnx.data(None)
+        self.merged = False  # see adapter.attach
 
         def make(shape: tuple[int, ...], axes: Axes, kind: str, *, dtype: DTypeLike, init: Init) -> nnx.Param:
             parameter = declare(rngs, shape, axes, dtype=dtype, init=init, placement=placement)
@@ -67,8 +70,8 @@ class ExpertLinear(nnx.Module):
         self.blocks = make(codes, (*block_axes, None), "blocks", dtype=jnp.uint8, init=_random_codes)
         self.scales = make(shape, block_axes, "scales", dtype=jnp.uint8, init=_scales_for(inputs))
 
-    def arrays(self) -> tuple[MXFP4 | Columns | Array, Array]:
-        """All experts' matrices, as the layout has them, and their biases [E, *outputs]."""
+    def arrays(self) -> tuple[MXFP4 | Columns | Array | Adapted, Array]:
+        """All experts' matrices, as the layout has them and with what adapters add, and their biases [E, *outputs]."""
         return self._matrix(lambda parameter: parameter[...]), self.bias[...]
 
     def specs(self) -> tuple[Any, P]:
@@ -80,6 +83,12 @@ class ExpertLinear(nnx.Module):
         return self._matrix(spec), spec(self.bias)
 
     def _matrix(self, of: Callable[[nnx.Param], Any]) -> Any:
+        weight = self._weight(of)
+        if self.adapter is None:
+            return weight
+        return Adapted(weight, of(self.adapter.a), of(self.adapter.b), self.adapter.ranks, self.merged)
+
+    def _weight(self, of: Callable[[nnx.Param], Any]) -> Any:
         if not self.packed:
             return of(self.weight)
         kind = MXFP4 if self.layout == "rows" else Columns

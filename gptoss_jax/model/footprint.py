@@ -137,7 +137,7 @@ def _weights(config: ModelConfig, shape: MeshShape, *, itemsize: int, experts: E
     for path, (size, axes) in released(_one_layer(config), experts, dense).items():
         times = config.num_layers if path.startswith("layers.") else 1
         values = math.prod(_shard(size, axes, config, shape))
-        found[_group(path)] += times * values * _itemsize(path, itemsize)
+        found[group(path)] += times * values * entry_bytes(path, itemsize)
     return found
 
 
@@ -157,7 +157,8 @@ def _placement(config: ModelConfig, shape: MeshShape) -> Placement:
     return place_model(config, AbstractMesh((shape.data, shape.expert, shape.tensor), MESH_AXES))
 
 
-def _group(path: str) -> str:
+def group(path: str) -> str:
+    """Which of GROUPS a parameter belongs to."""
     parts = path.split(".")
     if parts[-1] == "scale":
         return "norms"
@@ -167,9 +168,12 @@ def _group(path: str) -> str:
     return "experts"
 
 
-def _itemsize(path: str, itemsize: int) -> int:
-    """Codes are bytes and so are the experts' scales; those of 8-bit weights, norms and sinks are float32, and
-    everything else is of the model's dtype."""
+def entry_bytes(path: str, itemsize: int) -> int:
+    """Of one entry of a parameter, in a model whose dtype has `itemsize`.
+
+    Codes are bytes and so are the experts' scales; those of 8-bit weights, norms and sinks are float32, and everything
+    else is of the model's dtype.
+    """
     last = path.rsplit(".", 1)[-1]
-    scales = 1 if _group(path) == "experts" else 4
+    scales = 1 if group(path) == "experts" else 4
     return {"blocks": 1, "codes": 1, "scales": scales, "scale": 4, "sinks": 4}.get(last, itemsize)

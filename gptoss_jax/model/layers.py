@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from gptoss_jax.errors import Unsupported, UserError
 from gptoss_jax.kernels.linear import matmul
 from gptoss_jax.kernels.linear.int8 import BLOCK, Int8
+from gptoss_jax.kernels.low_rank import low_rank
 from gptoss_jax.sharding import WHOLE, Axes, Placement, row_axis
 
 Memory = Literal["device", "host"]
@@ -42,6 +43,25 @@ def declare(
 def fan_in(size: int) -> Init:
     """Normal with variance 1/size, so that the output of a sum over `size` terms is of order one."""
     return nnx.initializers.normal(stddev=size**-0.5)
+
+
+class LowRank(nnx.Module):
+    """What adapters add to one weight: b · a, their ranks in a row, whose scales b has in it. See model/adapter.py."""
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        *,
+        a: tuple[tuple[int, ...], Axes],
+        b: tuple[tuple[int, ...], Axes],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        placement: Placement = WHOLE,
+    ):
+        zeros = nnx.initializers.zeros_init()
+        self.a = declare(rngs, *a, dtype=dtype, init=zeros, placement=placement)
+        self.b = declare(rngs, *b, dtype=dtype, init=zeros, placement=placement)
+        self.ranks = tuple(ranks)
 
 
 class Linear(nnx.Module):
@@ -86,15 +106,25 @@ class Linear(nnx.Module):
             self.scales = make((*outputs, size // BLOCK), scales_axes, dtype=jnp.float32, init=_scales_for(size))
         zeros = nnx.initializers.zeros_init()
         self.bias = make(outputs, output_axes, dtype=dtype, init=zeros) if use_bias else None
+        self.adapter: LowRank | None = nnx.data(None)
         self.num_inputs = len(inputs)
         self.dense: Dense = dense
         self.impl = impl
 
-    def __call__(self, x: Float[Array, "..."], *, out_dtype: DTypeLike | None = None) -> Float[Array, "..."]:
-        """x [*rows, *inputs] -> [*rows, *outputs] in `out_dtype`, or in x's dtype."""
+    def __call__(
+        self, x: Float[Array, "..."], *, out_dtype: DTypeLike | None = None, adapter: Int[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """x [*rows, *inputs] -> [*rows, *outputs] in `out_dtype`, or in x's dtype.
+
+        `adapter` [*rows] is which of several adapters each row takes, -1 none; None is all that are attached.
+        """
         rows, inputs = x.shape[: -self.num_inputs], math.prod(x.shape[-self.num_inputs :])
         weight, outputs = self._matrix(inputs)
-        y = matmul(x.reshape(-1, inputs), weight, impl=self.impl).reshape(*rows, *outputs)
+        flat = x.reshape(-1, inputs)
+        y = matmul(flat, weight, impl=self.impl)
+        if self.adapter is not None:
+            y = y + _added(flat, self.adapter, None if adapter is None else adapter.reshape(-1))
+        y = y.reshape(*rows, *outputs)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype if out_dtype is None else out_dtype)
@@ -106,6 +136,11 @@ class Linear(nnx.Module):
             return weight.reshape(-1, inputs), weight.shape[: -self.num_inputs]
         codes, scales = self.codes[...], self.scales[...]
         return Int8(codes.reshape(-1, inputs), scales.reshape(-1, inputs // BLOCK)), scales.shape[:-1]
+
+
+def _added(x: Float[Array, "M I"], to: LowRank, adapter: Int[Array, " M"] | None) -> Float[Array, "M O"]:
+    a, b = to.a[...], to.b[...]
+    return low_rank(x, a.reshape(len(a), -1), b.reshape(-1, b.shape[-1]), ranks=to.ranks, adapter=adapter)
 
 
 def _random_codes(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gptoss_jax.kernels.choose import layout
 from gptoss_jax.model.config import ModelConfig
@@ -43,20 +43,38 @@ class MoE(nnx.Module):
         self.impl = impl
         self.dispatch: Way | None = dispatch
 
-    def __call__(self, x: Float[Array, "B T D"], *, is_real: Bool[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
-        """Routes by float32 logits: rounding them to bfloat16 would send tokens to other experts at near-ties.
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        is_real: Bool[Array, "B T"] | None = None,
+        adapter: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Tokens that are not real visit no expert, and come out as zeros. `adapter`: see Linear."""
+        return self.mix(x, self.scores(x, adapter=adapter), is_real=is_real, adapter=adapter)
 
-        Tokens that are not real visit no expert, and come out as zeros.
-        """
-        logits = self.router(x, out_dtype=jnp.float32)
+    def scores(self, x: Float[Array, "B T D"], *, adapter: Int[Array, "B T"] | None = None) -> Float[Array, "B T E"]:
+        """The router's, in float32: rounding them to bfloat16 would send tokens to other experts at near-ties."""
+        return self.router(x, out_dtype=jnp.float32, adapter=adapter)
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        scores: Float[Array, "B T E"],
+        *,
+        is_real: Bool[Array, "B T"] | None = None,
+        adapter: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the experts that the scores choose make of each token."""
         return mix(
             x,
-            logits,
+            scores,
             (*self.gate_up.arrays(), *self.down.arrays()),
             experts_per_token=self.experts_per_token,
             limit=self.limit,
             impl=self.impl,
             is_real=is_real,
+            adapter=adapter,
             mesh=self.mesh,
             way=self.dispatch,
             expert_specs=(*self.gate_up.specs(), *self.down.specs()),

@@ -40,6 +40,7 @@ class Part:
         count: how many tokens of each row are real; 0 is an idle row.
         full_table: which page each Z positions lie in, for layers that see everything.
         sliding_table: for layers with a window; entries that are not held may be any page.
+        adapter: which of the model's adapters each row's sequence takes, -1 none; None is all that are attached.
     """
 
     __no_type_check__ = True  # as in cache.py
@@ -50,6 +51,7 @@ class Part:
     count: Int[Array, " B"]
     full_table: Int[Array, "B J"]
     sliding_table: Int[Array, "B J"]
+    adapter: Int[Array, " B"] | None = None
 
     @property
     def size(self) -> int:
@@ -66,9 +68,21 @@ class Part:
         return jnp.arange(self.tokens.shape[1]) < self.count[:, None]
 
 
+def adapters_in_line(parts: Sequence[Part]) -> Int[Array, "1 M"] | None:
+    """The adapter of each token of all parts, or None if they name none."""
+    found = [spread(part.adapter, part.tokens.shape[1]) for part in parts if part.adapter is not None]
+    assert len(found) in (0, len(parts)), "either all parts name adapters or none does"
+    return in_line(found)[None] if found else None
+
+
 def in_line(arrays: Sequence[Array]) -> Array:
     """[B, T, …] of each part -> [M, …] of all."""
     return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in arrays])
+
+
+def spread(adapter: Int[Array, " B"], num_tokens: int) -> Int[Array, "B T"]:
+    """A row's adapter for each of its tokens."""
+    return jnp.broadcast_to(adapter[:, None], (len(adapter), num_tokens))
 
 
 def apart(x: Array, parts: Sequence[Part]) -> list[Array]:

@@ -24,7 +24,7 @@ from gptoss_jax.model.dispatch import Way
 from gptoss_jax.model.implementations import Implementations, platform_of
 from gptoss_jax.model.layers import Dense, Embedding, Linear, Memory, RMSNorm, check_dense
 from gptoss_jax.model.moe import MoE
-from gptoss_jax.model.paged import LayerPages, PagedCache, Part, apart, in_line
+from gptoss_jax.model.paged import LayerPages, PagedCache, Part, adapters_in_line, apart, in_line, spread
 from gptoss_jax.model.placement import place_model
 from gptoss_jax.sharding import AnyMesh, Axes, Placement, constrain, partition
 
@@ -62,14 +62,26 @@ class Block(nnx.Module):
         *,
         length: Int[Array, " B"],
         count: Int[Array, " B"],
+        adapter: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], FullCache | RingCache]:
-        return self._around(x, functools.partial(self.attention, cache=cache, length=length, count=count))
+        settings: dict[str, Any] = {"cache": cache, "length": length, "count": count, "adapter": adapter}
+        return self._around(x, functools.partial(self.attention, **settings), adapter=adapter)
+
+    def whole(
+        self, x: Float[Array, "B T D"], *, starts: Int[Array, "B T"], is_real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T E"]]:
+        """Rows of whole texts, several in each (see train/batch.py); the router's scores beside the output."""
+        x = x + self.attention.whole(self.attention_norm(x), starts=starts)
+        normed = self.moe_norm(x)
+        scores = self.moe.scores(normed)
+        return x + self.moe.mix(normed, scores, is_real=is_real), scores
 
     def paged(
         self, x: Float[Array, "1 M D"], pages: LayerPages, *, parts: Sequence[Part]
     ) -> tuple[Float[Array, "1 M D"], LayerPages]:
         is_real = in_line([part.is_real() for part in parts])[None]
-        return self._around(x, functools.partial(self.attention.paged, pages=pages, parts=parts), is_real=is_real)
+        attend = functools.partial(self.attention.paged, pages=pages, parts=parts)
+        return self._around(x, attend, is_real=is_real, adapter=adapters_in_line(parts))
 
     def _around(
         self,
@@ -77,10 +89,11 @@ class Block(nnx.Module):
         attend: Callable[[Array], tuple[Array, Past]],
         *,
         is_real: Bool[Array, "B T"] | None = None,
+        adapter: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Past]:
         mixed, grown = attend(self.attention_norm(x))
         x = x + mixed
-        return x + self.moe(self.moe_norm(x), is_real=is_real), grown
+        return x + self.moe(self.moe_norm(x), is_real=is_real, adapter=adapter), grown
 
 
 class GptOss(nnx.Module):
@@ -148,14 +161,22 @@ class GptOss(nnx.Module):
         return self.logits(hidden)[..., : self.config.vocab_size]
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, count: Int[Array, " B"]
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        count: Int[Array, " B"],
+        adapter: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Feeds the next tokens of each row: a whole prompt, a chunk of one, or the one token just sampled.
 
         Of row b the first count[b] tokens are real; the rest is padding, whose outputs mean nothing and which is not
         cached, so rows of different length share a call. Returns the last layer's output, normalised, and the cache.
+        Of several attached adapters each row takes `adapter`, -1 none; None is all of them.
         """
-        settings = {"length": cache.length, "count": count}
+        settings = {"length": cache.length, "count": count, "adapter": None}
+        if adapter is not None:
+            settings["adapter"] = spread(adapter, tokens.shape[1])
         hidden, grown = self._through(tokens, cache.layers, lambda layer, x, past: layer(x, past, **settings))
         return hidden, self._placed(Cache(grown, cache.length + count))
 
@@ -315,8 +336,8 @@ def released(
     return MappingProxyType(functools.reduce(operator.or_, layers, ends))
 
 
-def with_parameters(model: GptOss, values: Mapping[str, jax.Array]) -> GptOss:
-    """The (abstract) model with `values` as its parameters, by path."""
+def with_parameters(model: GptOss, values: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> GptOss:
+    """The (abstract) model with `values`, arrays or shapes, as its parameters, by path."""
     graph, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     leaves = [(path, value.replace(values[".".join(map(str, path))])) for path, value in flat]

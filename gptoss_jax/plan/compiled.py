@@ -110,11 +110,29 @@ def compile_step(
         Unsupported: the compiler is not installed.
         NoRoom: the step needs more memory than a device has.
     """
-    devices = np.array(topology_devices(topology)).reshape(shape.data, shape.expert, shape.tensor)
-    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh_of(topology, shape)
     settings: dict[str, Any] = {"dense": dense, "impl": impl, "dispatch": dispatch, "embedding": embedding}
     model = abstract_model(config, dtype=dtype, experts=experts, mesh=mesh, **settings)
-    lowered = lower_step(model, rows=rows, context=context, tokens=tokens)
+    return compile_lowered(lower_step(model, rows=rows, context=context, tokens=tokens), topology)
+
+
+def mesh_of(topology: str, shape: MeshShape) -> Mesh:
+    """Of devices that need not be here.
+
+    Raises:
+        UserError: there are no such devices.
+        Unsupported: their compiler is not installed.
+    """
+    devices = np.array(topology_devices(topology)).reshape(shape.data, shape.expert, shape.tensor)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, topology: str) -> Compiled:
+    """What the compiler says of a step that is lowered for a mesh of the topology.
+
+    Raises:
+        NoRoom: the step needs more memory than a device has.
+    """
     start = time.monotonic()
     try:
         compiled = lowered.compile()

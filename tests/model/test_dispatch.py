@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.errors import Unsupported, UserError
 from gptoss_jax.kernels.columns import Columns, columns_codes, columns_scales
-from gptoss_jax.kernels.moe_matmul import moe_matmul
+from gptoss_jax.kernels.moe_matmul import adapted, moe_matmul
 from gptoss_jax.kernels.mxfp4 import MXFP4
 from gptoss_jax.model import dispatch
 from gptoss_jax.model.dispatch import Load, Way, check_way, mix, route
@@ -385,7 +385,7 @@ def test_kernels_are_told_how_many_rows_to_expect_and_for_which_devices(monkeypa
         told.append((x.shape[0], expected_rows, device_kind))
         return moe_matmul(x, *operands, **settings)
 
-    monkeypatch.setattr(dispatch, "moe_matmul", listen)
+    monkeypatch.setattr(adapted, "moe_matmul", listen)
     case, kind = Case(rows=1, tokens=16), jax.devices()[0].device_kind
     for mesh, way in ((make((1, 4, 1)), "reduce"), (make((1, 4, 1)), "exchange"), (None, None)):
         jax.eval_shape(mixer(mesh, way=way), case.x, case.spread, case.experts())
