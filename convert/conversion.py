@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gptoss_jax.convert import store
-from gptoss_jax.convert.files import INDEX_NAME, TensorFolder
+from gptoss_jax.convert.export import small_files
+from gptoss_jax.convert.files import TensorFolder
 from gptoss_jax.convert.manifest import MANIFEST_NAME, Manifest, SourceTensor, StoredFile
 from gptoss_jax.convert.names import FileTensor
 from gptoss_jax.convert.source import Parameters, Repacked, Source, read_sharded
@@ -34,8 +35,6 @@ from gptoss_jax.model.transformer import Experts, released
 from gptoss_jax.sharding import MeshShape, make_mesh, place
 
 BATCH_BYTES = 256 << 20
-_SMALL_SUFFIXES = (".json", ".jinja", ".md", ".txt", "")  # config, tokenizer, chat template, licence
-_LARGEST_SMALL = 100_000_000
 _ONE_DEVICE = MeshShape()
 
 
@@ -291,7 +290,8 @@ def _finish(job: Job) -> Manifest:
     folder = job.staging.checkpoint
     store.finish(folder)
     if is_first():
-        _copy_small_files(job.source.path, folder)
+        for path in small_files(job.source.path):
+            shutil.copyfile(path, folder / path.name)
     barrier("copied")
     tensors, by_parameter = Journal.read(job.staging)
     files = {name: file for of_parameter in by_parameter.values() for name, file in of_parameter.items()}
@@ -310,14 +310,3 @@ def _finish(job: Job) -> Manifest:
     manifest.check_sizes(folder)
     barrier("counted")
     return manifest
-
-
-def _copy_small_files(source: Path, staging: Path) -> None:
-    """Config, tokenizer, chat template, licence. OpenAI's `original/` keeps its tokenizer in the folder above."""
-    small = [path for path in sorted(source.iterdir()) if path.is_file() and path.name != INDEX_NAME]
-    above = source.parent / "tokenizer.json"
-    if source.name == "original" and above.is_file() and not (source / "tokenizer.json").exists():
-        small.append(above)
-    for path in small:
-        if path.suffix in _SMALL_SUFFIXES and path.stat().st_size <= _LARGEST_SMALL and not path.name.startswith("."):
-            shutil.copyfile(path, staging / path.name)

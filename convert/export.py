@@ -9,21 +9,29 @@ with the very bytes with which they came.
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
 
 from gptoss_jax.convert import names
 from gptoss_jax.convert.companions import DTYPES_NAME, ORIGINAL_SHARD_NAME, TOKENIZER_NAME, companions
+from gptoss_jax.convert.files import INDEX_NAME
+from gptoss_jax.convert.manifest import MANIFEST_NAME
 from gptoss_jax.convert.names import FileTensor, Layout
-from gptoss_jax.convert.source import CONFIG_NAME, Parameters, Repacked
-from gptoss_jax.convert.stored import StoredParameters, damage, described, slabs
+from gptoss_jax.convert.source import CONFIG_NAME, Parameters, Repacked, Source
+from gptoss_jax.convert.stored import StoredParameters, damage, described, slabs, unfinished_at
 from gptoss_jax.convert.writer import SHARD_NAME, write_folder
 from gptoss_jax.errors import UserError
 from gptoss_jax.kernels.mxfp4 import ScaleRule
 from gptoss_jax.model.transformer import Experts
 
 MAX_SHARD_BYTES = 5_000_000_000  # Hugging Face's default
+
+_SMALL_SUFFIXES = (".json", ".jinja", ".md", ".txt", "")
+_LARGEST_SMALL = 100_000_000
+
+Base: TypeAlias = StoredParameters | Source
 
 
 def export(
@@ -52,10 +60,36 @@ def export(
         Unsupported: OpenAI's layout with bf16 experts.
     """
     stored = StoredParameters.open(checkpoint)
-    _check_destination(checkpoint, destination)
+    check_destination(checkpoint, destination)
     parameters: Parameters = stored
     if experts is not None and experts != stored.experts:
         parameters = Repacked(stored, experts, scale_rule=scale_rule)
+    write_release(
+        stored, parameters, destination, layout=layout, max_shard_bytes=max_shard_bytes, on_progress=on_progress
+    )
+
+
+def open_base(path: Path) -> Base:
+    """A converted checkpoint, whose parameters are checked as they are read, or a released folder.
+
+    Raises:
+        UserError: it is neither, or not whole.
+    """
+    if (path / MANIFEST_NAME).is_file() or unfinished_at(path) is not None or not path.is_dir():
+        return StoredParameters.open(path)
+    return Source.open(path)
+
+
+def write_release(
+    base: Base,
+    parameters: Parameters,
+    destination: Path,
+    *,
+    layout: Layout,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes the parameters as a folder of a released layout, with the small files of the base that they came from."""
     tensors = {tensor.name: tensor for tensor in layout_tensors(parameters, layout)}
     done, total = 0, sum(tensor.nbytes for tensor in tensors.values())
 
@@ -72,7 +106,7 @@ def export(
         chunks,
         max_shard_bytes=max_shard_bytes,
         shard_name=ORIGINAL_SHARD_NAME if layout == "original" else SHARD_NAME,
-        beside=_small_files(stored, parameters, tuple(tensors.values()), layout),
+        beside=_small_files(base, parameters, tuple(tensors.values()), layout),
     )
 
 
@@ -108,14 +142,19 @@ def _common_dtype(parameters: Parameters, tensor: FileTensor) -> np.dtype:
 
 
 def _small_files(
-    stored: StoredParameters, parameters: Parameters, tensors: tuple[FileTensor, ...], layout: Layout
+    base: Base, parameters: Parameters, tensors: tuple[FileTensor, ...], layout: Layout
 ) -> dict[str, bytes]:
     """As they came if the folder becomes what it was; else those that state the layout or its dtypes are made anew."""
-    kept = {name: _read_small(stored, name) for name in stored.manifest.files if "/" not in name}
-    if layout == stored.manifest.layout and parameters.experts == stored.manifest.source_experts:
+    if isinstance(base, StoredParameters):
+        kept = {name: _read_small(base, name) for name in base.manifest.files if "/" not in name}
+        source_layout, source_experts = base.manifest.layout, base.manifest.source_experts
+    else:
+        kept = {file.name: file.read_bytes() for file in small_files(base.path)}
+        source_layout, source_experts = base.layout, base.experts
+    if layout == source_layout and parameters.experts == source_experts:
         return kept
     made = companions(
-        stored.config, tensors, layout=layout, experts=parameters.experts, tokenizer=kept.get(TOKENIZER_NAME)
+        base.config, tensors, layout=layout, experts=parameters.experts, tokenizer=kept.get(TOKENIZER_NAME)
     )
     return made | {name: text for name, text in kept.items() if name not in (CONFIG_NAME, DTYPES_NAME)}
 
@@ -128,7 +167,20 @@ def _read_small(stored: StoredParameters, name: str) -> bytes:
     return path.read_bytes()
 
 
-def _check_destination(checkpoint: Path, destination: Path) -> None:
+def small_files(release: Path) -> list[Path]:
+    """Config, tokenizer, chat template, licence. OpenAI's `original/` keeps its tokenizer in the folder above."""
+    small = [path for path in sorted(release.iterdir()) if path.is_file() and path.name != INDEX_NAME]
+    above = release.parent / TOKENIZER_NAME
+    if release.name == "original" and above.is_file() and not (release / TOKENIZER_NAME).exists():
+        small.append(above)
+    return [
+        path
+        for path in small
+        if path.suffix in _SMALL_SUFFIXES and path.stat().st_size <= _LARGEST_SMALL and not path.name.startswith(".")
+    ]
+
+
+def check_destination(checkpoint: Path, destination: Path) -> None:
     source, target = checkpoint.resolve(), destination.resolve()
     if target == source:
         raise UserError(f"{destination} is the checkpoint itself; name another destination")

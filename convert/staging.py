@@ -8,10 +8,7 @@ DST.unfinished/
 """
 
 import contextlib
-import errno
-import fcntl
 import json
-import logging
 import os
 import shutil
 import threading
@@ -22,14 +19,13 @@ from typing import Any
 import jax
 
 from gptoss_jax.convert.json_file import read_object, write_object
+from gptoss_jax.convert.lock import lock_folder
 from gptoss_jax.convert.manifest import SourceTensor, StoredFile
 from gptoss_jax.errors import UserError
 from gptoss_jax.hosts import is_first, together
 
 SUFFIX = ".unfinished"
 _LOCK, _PLAN = "lock", "plan.json"
-
-_logger = logging.getLogger(__name__)
 
 
 class Staging:
@@ -102,23 +98,12 @@ class Staging:
         (self.path / _PLAN).unlink()
 
     def _lock(self) -> int:
-        try:
-            self.path.mkdir(exist_ok=True)
-            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be made: {error.strerror}; name a destination in a folder where you may write"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                os.close(lock)
-                raise UserError(
-                    f"another conversion is at work in {self.path}; wait for it, or stop it and run this command again"
-                ) from None
-            _logger.warning("%s: %s; see to it that no other conversion works there", self.path, error.strerror)
-        return lock
+        return lock_folder(
+            self.path,
+            _LOCK,
+            work="conversion",
+            way_out="wait for it, or stop it and run this command again",
+        )
 
     def _check_same(self, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
         for key, value in plan.items():
