@@ -20,6 +20,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from gptoss_jax.engine.adapters import number_of
 from gptoss_jax.engine.continuation import Continuation, TokenBytes, describe
 from gptoss_jax.engine.limits import Limits
 from gptoss_jax.engine.lockstep import LockstepRunner, execute_what_is_told, spans_processes
@@ -76,21 +77,31 @@ class Engine:
         model: stays the caller's, and is not to change while the engine runs.
         settings: see EngineSettings.
         token_bytes: what an id stands for; only stop strings ask for it.
+        adapters: names for those that the model has, in their order (see model/adapter.py), by which requests ask for
+            one. Without names the only one that there may be answers every request.
 
     A model that lies on several processes has its engine in process 0; the others call `follow`.
 
     Raises:
-        UserError: settings that contradict each other, or a mesh that an engine cannot run on.
+        UserError: settings that contradict each other, a mesh that an engine cannot run on, or adapters that the model
+            does not have.
     """
 
-    def __init__(self, model: GptOss, *, settings: EngineSettings | None = None, token_bytes: TokenBytes | None = None):
+    def __init__(
+        self,
+        model: GptOss,
+        *,
+        settings: EngineSettings | None = None,
+        token_bytes: TokenBytes | None = None,
+        adapters: Sequence[str] = (),
+    ):
         if spans_processes(model) and not is_first():
             raise UserError(
                 "an engine is opened where process 0 is not, on a model that lies on several processes; "
                 "expected process 0 alone to open it: the others call follow with the same model and settings"
             )
         settings = EngineSettings() if settings is None else settings
-        runner, limits = _warm_runner(model, settings)
+        runner, limits = _warm_runner(model, settings, adapters)
         lockstep = LockstepRunner(runner, limits) if spans_processes(model) else None
         self._begin(lockstep or runner, limits, model.config.vocab_size, settings.draft_tokens, token_bytes)
         if lockstep is not None:
@@ -146,6 +157,11 @@ class Engine:
     def max_context(self) -> int:
         """The most ids of one request, prompt and continuation."""
         return self._limits.max_context
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that a request may ask for."""
+        return self._limits.adapters
 
     def submit(self, request: Request) -> Stream:
         """Queues a request; its events come by the stream.
@@ -210,6 +226,8 @@ class Engine:
     def _sequences(self, request: Request) -> list[Scheduled]:
         """One for each continuation; all but the first wait for the first to compute the prompt."""
 
+        adapter = number_of(request.adapter, self._limits.adapters)
+
         def sequence(leader: Scheduled | None = None) -> Scheduled:
             return Scheduled(
                 id=next(self._ids),
@@ -218,6 +236,7 @@ class Engine:
                 priority=request.priority,
                 leader=leader,
                 prompt_logprobs=request.prompt_logprobs if leader is None else None,
+                adapter=adapter,
             )
 
         first = sequence()
@@ -348,17 +367,18 @@ class Engine:
         return self._entries[sequence.id].continuation.draft()
 
 
-def follow(model: GptOss, *, settings: EngineSettings | None = None) -> None:
+def follow(model: GptOss, *, settings: EngineSettings | None = None, adapters: Sequence[str] = ()) -> None:
     """What every process but 0 does for an engine: it executes what process 0 tells, until that closes the engine.
 
     Raises:
-        UserError: as of Engine; or the settings are not process 0's.
+        UserError: as of Engine; or the settings or the adapters' names are not process 0's.
     """
-    execute_what_is_told(*_warm_runner(model, EngineSettings() if settings is None else settings))
+    execute_what_is_told(*_warm_runner(model, EngineSettings() if settings is None else settings, adapters))
 
 
-def _warm_runner(model: GptOss, settings: EngineSettings) -> tuple[Runner, Limits]:
+def _warm_runner(model: GptOss, settings: EngineSettings, adapters: Sequence[str]) -> tuple[Runner, Limits]:
     limits = settings.limits(model.config, Pools.of(model, kv_dtype=settings.kv_dtype))
+    limits = dataclasses.replace(limits, adapters=tuple(adapters))
     if settings.batch_invariant and model.impl.moe_matmul == "cpu":
         raise UserError(
             "batch_invariant is set, and moe_matmul's implementation 'cpu' sums the rows of an expert that has few in "

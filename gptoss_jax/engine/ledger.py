@@ -13,7 +13,7 @@ A prefix of b whole pages is usable when all its full pages are cached and the s
 from collections.abc import Iterable
 
 from gptoss_jax.engine.limits import Limits
-from gptoss_jax.engine.pages import PagePool, content_key
+from gptoss_jax.engine.pages import PagePool, content_key, root_key
 from gptoss_jax.engine.sequence import Sequence
 
 
@@ -129,5 +129,6 @@ class Ledger:
         size, keys = self._limits.page_size, sequence.keys
         while len(keys) <= number:
             start = len(keys) * size
-            keys.append(content_key(keys[-1] if keys else b"", sequence.ids[start : start + size]))
+            before = keys[-1] if keys else root_key(sequence.adapter)
+            keys.append(content_key(before, sequence.ids[start : start + size]))
         return keys[number]

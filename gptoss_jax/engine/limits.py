@@ -1,4 +1,4 @@
-"""What the engine may hold, and the steps it may run. Knows sizes; knows no sequence and no array."""
+"""What the engine may hold, and the steps it may run. Knows sizes and names; knows no sequence and no array."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,6 +44,8 @@ class Limits:
         aligned_chunks: chunks begin at multiples of the prefill width and hold prompt ids only, whatever the prefix
             cache had; after a preemption generated ids are fed again one by one. So every position is computed by the
             same shape of step, warm and cold, alone and in company.
+        adapters: names of the model's adapters, in their order, of which each sequence takes one or none. Without any
+            nobody chooses, and steps are compiled without the choice.
     """
 
     max_rows: int
@@ -57,6 +59,7 @@ class Limits:
     max_queued_tokens: int = 1 << 22
     ageing: int = 64
     aligned_chunks: bool = False
+    adapters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "page_size", "num_full_pages", "num_sliding_pages", "window", "max_context", "ageing"):

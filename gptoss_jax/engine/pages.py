@@ -14,8 +14,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 
+def root_key(adapter: int) -> bytes:
+    """What stands before the first page of all sequences with this adapter: no page of one is another's."""
+    return hashlib.blake2b(array("q", [adapter]).tobytes(), digest_size=16, person=b"adapter").digest()
+
+
 def content_key(before: bytes, ids: Sequence[int]) -> bytes:
-    """The name of a page with these ids after the page named `before` (b"" for the first).
+    """The name of a page with these ids after the page named `before`, or, of the first, after its root.
 
     It stands for all ids from the first on: 128 bits of BLAKE2b, so that nobody has to compare ids.
     """

@@ -26,7 +26,7 @@ from gptoss_jax.engine.logprobs import logprobs_of, top_logprobs
 from gptoss_jax.engine.penalties import RowCounts, TokenCounts, count_tokens, reset_counts
 from gptoss_jax.engine.request import MAX_LOGPROBS, SamplingParams, Token
 from gptoss_jax.engine.sampling import RowSettings, Sampled, sample_rows
-from gptoss_jax.engine.staging import NOT_ASKED, PartWords, StepLayout, table_width
+from gptoss_jax.engine.staging import NOT_ASKED, PartWords, StepLayout
 from gptoss_jax.model.implementations import platform_of
 from gptoss_jax.model.paged import PagedCache, Part
 from gptoss_jax.model.transformer import GptOss, Graph, split
@@ -100,7 +100,7 @@ class Programs:
 
     def compile(self, program: Program) -> None:
         """Makes a step callable, and the drawing of its constrained places."""
-        layout = StepLayout(program, table_width(self._limits))
+        layout = StepLayout.of(program, self._limits)
         settings = RowSettings.of([SamplingParams()] * (self._limits.max_rows + 1))
         inputs = self._whole((settings, np.zeros(layout.num_words, np.int32)))
         outputs = None if self._shardings is None else (*[_whole(self._mesh)] * 3, self._shardings)
@@ -352,7 +352,15 @@ def _cut(x: Array, size: int, *, filler: int = 0) -> Array:
 
 
 def _part(fields: PartWords) -> Part:
-    return Part(fields.tokens, fields.slots, fields.first, fields.count, fields.full_table, fields.sliding_table)
+    return Part(
+        fields.tokens,
+        fields.slots,
+        fields.first,
+        fields.count,
+        fields.full_table,
+        fields.sliding_table,
+        fields.adapter,
+    )
 
 
 def _places(program: Program, fields: tuple[PartWords, ...], hidden: list[Float[Array, "_ _ D"]]) -> Places:

@@ -111,6 +111,7 @@ class Request:
         constraint: makes the constraint of one continuation.
         prompt_logprobs: tells how likely each id of the prompt is, with as many of the best in its place; nothing of
             the prompt is taken from the prefix cache then. With it max_new_tokens may be 0.
+        adapter: the name of the engine's adapter that answers; None is the model without any.
     """
 
     prompt: Sequence[int]
@@ -122,6 +123,7 @@ class Request:
     priority: int = 0
     constraint: Callable[[], Constraint] | None = None
     prompt_logprobs: int | None = None
+    adapter: str | None = None
 
     def check(self, *, vocab_size: int, max_context: int) -> None:
         """Raises UserError for what no model of these sizes could do."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int32, UInt32
 
+from gptoss_jax.engine.adapters import check_names
 from gptoss_jax.engine.limits import Limits, Program
 from gptoss_jax.engine.programs import Drawn, Programs, num_places, unpack
 from gptoss_jax.engine.request import SamplingParams, Token
@@ -80,11 +81,13 @@ class Runner:
         kv_dtype: of keys and values; None is the model's, int8 halves bfloat16.
 
     Raises:
-        UserError: the mesh cuts the rows, or keys and values cannot have that dtype.
+        UserError: the mesh cuts the rows, keys and values cannot have that dtype, or the limits name other adapters
+            than the model has.
     """
 
     def __init__(self, model: GptOss, limits: Limits, *, kv_dtype: DTypeLike | None = None):
         _check_mesh(model)
+        check_names(limits.adapters, model)
         self._limits = limits
         self._programs = Programs(model, limits, kv_dtype=_check_dtype(kv_dtype, model))
         self._staging = Staging(limits)

@@ -12,6 +12,8 @@ from typing import Literal
 
 from gptoss_jax.engine.limits import Program
 
+NO_ADAPTER = -1  # in place of an adapter's number: the model as it is
+
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
 class Sequence:
@@ -24,6 +26,7 @@ class Sequence:
         priority: higher goes first; see `Limits.ageing`.
         leader: a sequence with the same prompt: this one waits for its first id and finds the prompt in the cache.
         prompt_logprobs: the prompt's ids are scored, so that all of it has to be computed; see engine/request.py.
+        adapter: which of the model's it takes; with another one its keys and values would be others.
         num_prompt: how many of the ids are the prompt's.
         computed: positions whose keys and values lie in the pages.
         prefill_end: positions before it are computed in the prefill part, those after it in the decode part.
@@ -44,6 +47,7 @@ class Sequence:
     priority: int = 0
     leader: "Sequence | None" = None
     prompt_logprobs: int | None = None
+    adapter: int = NO_ADAPTER
 
     num_prompt: int = dataclasses.field(init=False)
     state: Literal["new", "waiting", "running", "finished"] = dataclasses.field(default="new", init=False)

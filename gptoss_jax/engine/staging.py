@@ -30,6 +30,7 @@ class PartWords:
         num_sampled: [B], after how many of the row's last tokens an id is wanted.
         full_table: [B, J], as in model/paged.py; so is sliding_table.
         targets: [B, T], the id behind each token whose logprob is wanted; -1 where none is.
+        adapter: [B], as in model/paged.py; None where nobody chooses.
     """
 
     tokens: Any
@@ -41,11 +42,13 @@ class PartWords:
     full_table: Any
     sliding_table: Any
     targets: Any
+    adapter: Any = None
 
     @staticmethod
-    def shapes(rows: int, width: int, table_width: int) -> tuple[tuple[int, ...], ...]:
+    def shapes(rows: int, width: int, table_width: int, *, has_adapter: bool) -> tuple[tuple[int, ...], ...]:
         """Of the fields, in their order."""
-        return ((rows, width), *[(rows,)] * 5, (rows, table_width), (rows, table_width), (rows, width))
+        last = [(rows,)] if has_adapter else []
+        return ((rows, width), *[(rows,)] * 5, (rows, table_width), (rows, table_width), (rows, width), *last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,11 @@ class StepLayout:
 
     program: Program
     table_width: int
+    has_adapter: bool = False
+
+    @classmethod
+    def of(cls, program: Program, limits: Limits) -> "StepLayout":
+        return cls(program, table_width(limits), bool(limits.adapters))
 
     @property
     def num_words(self) -> int:
@@ -75,7 +83,8 @@ class StepLayout:
         """The shapes of the fields of each part."""
         program = self.program
         sizes = ((program.decode_rows, program.decode_width), (program.prefill_rows, program.prefill_width))
-        return [PartWords.shapes(rows, width, self.table_width) for rows, width in sizes if rows]
+        settings = {"table_width": self.table_width, "has_adapter": self.has_adapter}
+        return [PartWords.shapes(rows, width, **settings) for rows, width in sizes if rows]
 
 
 def table_width(limits: Limits) -> int:
@@ -92,7 +101,7 @@ class Staging:
         self._full = np.zeros((limits.max_rows, width), np.int32)
         self._sliding = np.zeros((limits.max_rows, width), np.int32)
         self._num_known = [0] * limits.max_rows  # pages of each slot in the tables
-        layouts = {program: StepLayout(program, width) for program in limits.programs}
+        layouts = {program: StepLayout.of(program, limits) for program in limits.programs}
         self._words = {program: np.zeros(layout.num_words, np.int32) for program, layout in layouts.items()}
         self._fields = {program: layouts[program].fields(words) for program, words in self._words.items()}
 
@@ -132,6 +141,8 @@ class Staging:
         part.count[:num] = [piece.count for piece in pieces]
         part.num_prompt[:num] = [piece.sequence.num_prompt for piece in pieces]
         part.num_sampled[:num] = [piece.samples * (1 + len(piece.draft)) for piece in pieces]
+        if part.adapter is not None:
+            part.adapter[:num] = [piece.sequence.adapter for piece in pieces]
         part.full_table[:num] = self._full[slots]
         part.sliding_table[:num] = self._sliding[slots]
         for idle in (

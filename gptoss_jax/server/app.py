@@ -4,7 +4,7 @@ request ─► counted ─► CORS ─► who may ask ─► how long may it be 
 """
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -22,7 +22,14 @@ from gptoss_jax.server.service import Service
 from gptoss_jax.server.settings import ServerSettings
 
 
-def create_app(engine: AnyEngine | None, *, tokenizer: Tokenizer, model_name: str, settings: ServerSettings) -> FastAPI:
+def create_app(
+    engine: AnyEngine | None,
+    *,
+    tokenizer: Tokenizer,
+    model_name: str,
+    settings: ServerSettings,
+    adapters: Sequence[str] = (),
+) -> FastAPI:
     """An ASGI application that serves an engine.
 
     Args:
@@ -31,6 +38,10 @@ def create_app(engine: AnyEngine | None, *, tokenizer: Tokenizer, model_name: st
         tokenizer: of the engine's model.
         model_name: what clients call the model.
         settings: see ServerSettings.
+        adapters: names of the engine's, by each of which clients call the model with that adapter.
+
+    Raises:
+        UserError: names that clients could not write, or could mistake for each other.
     """
     app = FastAPI(
         title="gptoss-jax",
@@ -40,7 +51,8 @@ def create_app(engine: AnyEngine | None, *, tokenizer: Tokenizer, model_name: st
         redoc_url=None,
         lifespan=_lifespan,
     )
-    app.state.service = service = Service(tokenizer=tokenizer, model_name=model_name, settings=settings)
+    service = Service(tokenizer=tokenizer, model_name=model_name, settings=settings, adapters=adapters)
+    app.state.service = service
     errors.install(app)
     for router in (responses.router, chat_completions.router, completions.router, system.router):
         app.include_router(router)

@@ -58,6 +58,7 @@ class Asked:
     """A chat's turns, ready to run.
 
     Attributes:
+        model: the name of the one that answers.
         settings: of each choice, with a seed of its own.
         tools: what answers calls that the client could not.
         shows_reasoning: whether the client is told of it.
@@ -65,6 +66,7 @@ class Asked:
         checked: what the whole answer has to fit, where it was not held to all of it.
     """
 
+    model: str
     conversation: Conversation
     settings: tuple[TurnSettings, ...]
     tools: tuple[Tool, ...]
@@ -75,7 +77,7 @@ class Asked:
 
 async def ask(body: ChatBody, service: Service) -> Asked:
     """Reads a body. Raises ApiError for what cannot be had, and UserError for what makes no sense."""
-    service.check_model(body.model)
+    model = service.model_named(body.model)
     refuse(body)
     said = list(_messages(body))
     # A schema takes a millisecond to compile, and a hundred of them must not make others wait.
@@ -90,6 +92,7 @@ async def ask(body: ChatBody, service: Service) -> Asked:
         today=service.settings.today,
     )
     return Asked(
+        model=model,
         conversation=conversation,
         settings=_settings(body, offer, form, service),
         tools=(_Unoffered(tuple(f"{FUNCTIONS}.{function.name}" for function in offer.functions)),),

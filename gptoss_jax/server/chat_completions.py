@@ -125,7 +125,7 @@ class _Completion:
 
     async def _turn(self, settings: TurnSettings) -> AsyncGenerator[ChatEvent, None]:
         asked, begun = self._asked, False
-        turn = self._service.chat.stream(asked.conversation, settings=settings, tools=asked.tools)
+        turn = self._service.chat_of(asked.model).stream(asked.conversation, settings=settings, tools=asked.tools)
         try:
             async with contextlib.aclosing(turn):
                 async for event in turn:
@@ -143,7 +143,7 @@ class _Completion:
             raise ApiError(400, str(error), code="context_length_exceeded", param="messages") from error
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._service.model_name}
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._asked.model}
 
     def _chunk(
         self,

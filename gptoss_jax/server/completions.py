@@ -102,13 +102,13 @@ class CompletionBody(BaseModel):
 @router.post("/v1/completions", summary="Continue a text or ids")
 async def complete(body: CompletionBody, request: Request, service: TheService) -> Response:
     """Continues each prompt `n` times."""
-    service.check_model(body.model)
+    model = service.model_named(body.model)
     _check(body)
     prompts = await _encoded(body.prompt, service.tokenizer)
     if len(prompts) * (body.n or 1) > _MAX_CHOICES:
         message = f"{len(prompts)} prompts, each {body.n} times; expected at most {_MAX_CHOICES} choices"
         raise ApiError(400, message, param="n")
-    completion = _Completion(body, prompts, service)
+    completion = _Completion(body, prompts, service, model=model)
     if body.stream:
         return stream_events(request, completion.chunks(), done=True)
     return JSONResponse(await while_connected(request, completion.whole()))
@@ -140,16 +140,17 @@ async def _encoded(prompt: Prompt, tokenizer: Tokenizer) -> list[list[int]]:
 class _Completion:
     """One request on its way: a stream of the engine for each prompt, `n` choices from each stream."""
 
-    def __init__(self, body: CompletionBody, prompts: Sequence[list[int]], service: Service):
+    def __init__(self, body: CompletionBody, prompts: Sequence[list[int]], service: Service, *, model: str):
         self._body = body
         self._prompts = prompts
         self._service = service
+        self._model = model
         self._n = body.n or 1
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.model_name,
+            "model": model,
         }
         self._choices = [
             _Choice(prompt, service, echo=bool(body.echo), logprobs=body.logprobs)
@@ -191,8 +192,9 @@ class _Completion:
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, "_Piece"], None]:
         """What there is more of a choice, whenever there is; leaving it frees all that the engine holds for it."""
+        submit = self._service.engine_of(self._model).submit
         with contextlib.ExitStack() as held:
-            streams = [held.enter_context(self._service.engine.submit(each)) for each in self._requests()]
+            streams = [held.enter_context(submit(each)) for each in self._requests()]
             async with contextlib.aclosing(_merged(streams)) as events:
                 async for number, event in events:
                     for piece in self._of_event(number * self._n, event):

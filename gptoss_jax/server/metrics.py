@@ -38,6 +38,7 @@ class Metrics:
     """The numbers of one server, in a registry of their own.
 
     Attributes:
+        requests: prompts that the engine took, by the model that they were for.
         prompt_tokens: ids of prompts.
         cached_tokens: those of them that were found in the prefix cache.
         generated_tokens: ids of answers.
@@ -50,6 +51,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._requests = self._counter("http_requests", "Requests by route and status.", "method", "route", "status")
         self._open_requests = Gauge("gptoss_http_open_requests", "Requests under way.", registry=self._registry)
+        self.requests = self._counter("model_requests", "Prompts that the engine took, by model.", "model")
         self.prompt_tokens = self._counter("prompt_tokens", "Ids of prompts.")
         self.cached_tokens = self._counter("cached_prompt_tokens", "Ids of prompts found in the prefix cache.")
         self.generated_tokens = self._counter("generated_tokens", "Ids of answers.")

@@ -5,6 +5,7 @@ shutdown finds the stream.
 """
 
 import asyncio
+import dataclasses
 import logging
 import time
 import weakref
@@ -69,10 +70,17 @@ class Running:
 
 
 class WatchedEngine:
-    """An engine whose streams are counted, and known to `Running`; an `AnyEngine`."""
+    """An engine whose streams are counted, and known to `Running`; an `AnyEngine`.
 
-    def __init__(self, engine: AnyEngine, *, metrics: Metrics, running: Running):
+    Args:
+        model: by which name its requests are counted.
+        adapter: the engine's, which all its requests take.
+    """
+
+    def __init__(self, engine: AnyEngine, *, model: str, adapter: str | None, metrics: Metrics, running: Running):
         self._engine = engine
+        self._model = model
+        self._adapter = adapter
         self._metrics = metrics
         self._running = running
 
@@ -88,7 +96,9 @@ class WatchedEngine:
 
     def submit(self, request: Request) -> Stream:
         """The engine's, watched."""
-        stream = WatchedStream(self._engine.submit(request), request.n, self._metrics, self._running)
+        own = dataclasses.replace(request, adapter=self._adapter)
+        stream = WatchedStream(self._engine.submit(own), request.n, self._metrics, self._running)
+        self._metrics.requests.labels(self._model).inc()
         self._metrics.prompt_tokens.inc(len(request.prompt))
         return stream
 

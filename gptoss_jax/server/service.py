@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import re
 import time
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -17,11 +19,13 @@ from gptoss_jax.server.metrics import Metrics
 from gptoss_jax.server.running import Running, WatchedEngine
 from gptoss_jax.server.settings import ServerSettings
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Open:
-    engine: WatchedEngine
-    chat: Chat
+    engines: Mapping[str, WatchedEngine]  # by model
+    chats: Mapping[str, Chat]
     grammars: Grammars
 
 
@@ -30,6 +34,7 @@ class Service:
 
     Attributes:
         model_name: what clients call the model.
+        models: what they may ask for: the model, then the model with each of its adapters, by the adapter's name.
         created: when the server began, in seconds of Unix time.
         stop_ids: ids that end an answer.
         metrics: what is counted.
@@ -37,12 +42,16 @@ class Service:
         resources: closed when the server ends, the last one first.
     """
 
-    def __init__(self, *, tokenizer: Tokenizer, model_name: str, settings: ServerSettings):
+    def __init__(
+        self, *, tokenizer: Tokenizer, model_name: str, settings: ServerSettings, adapters: Sequence[str] = ()
+    ):
+        check_names(adapters, model_name=model_name)
         self.tokenizer = tokenizer
         self.model_name = model_name
+        self.models = (model_name, *adapters)
         self.settings = settings
         self.created = int(time.time())
-        self.stop_ids = _stop_ids(tokenizer)
+        self.stop_ids = tokenizer.end_ids
         self.metrics = Metrics()
         self.running = Running()
         self.resources = contextlib.ExitStack()
@@ -51,13 +60,16 @@ class Service:
 
     @property
     def engine(self) -> AnyEngine:
-        """The engine, for ids; its streams are watched."""
-        return self._opened().engine
+        """The engine, with the model as it is."""
+        return self.engine_of(self.model_name)
 
-    @property
-    def chat(self) -> Chat:
-        """The chat, for conversations."""
-        return self._opened().chat
+    def engine_of(self, model: str) -> AnyEngine:
+        """The engine, for ids, with one of `models`; its streams are watched."""
+        return self._opened().engines[model]
+
+    def chat_of(self, model: str) -> Chat:
+        """The chat, for conversations, with one of `models`."""
+        return self._opened().chats[model]
 
     @property
     def grammars(self) -> Grammars:
@@ -67,13 +79,17 @@ class Service:
     @property
     def max_context(self) -> int | None:
         """The most ids of a request and its answer; None while the model loads."""
-        return None if self._open is None else self._open.engine.max_context
+        return None if self._open is None else self._open.engines[self.model_name].max_context
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 for another model than this server's; no name means this one."""
-        if name is not None and name != self.model_name:
-            message = f"there is no model {name[:100]!r}; this server has {self.model_name!r}"
+    def model_named(self, name: str | None) -> str:
+        """One of `models`; no name means the model as it is. Raises ApiError 404 for a name that none of them has."""
+        if name is None:
+            return self.model_name
+        if name not in self.models:
+            known = ", ".join(map(repr, self.models))
+            message = f"there is no model {name[:100]!r}; this server has {known}"
             raise ApiError(404, message, code="model_not_found", param="model")
+        return name
 
     def new_tokens(self, wanted: int | None, *, num_prompt: int) -> int:
         """How many ids an answer may have: what is wanted, or else what the context leaves, and the settings allow.
@@ -95,10 +111,11 @@ class Service:
 
     def open(self, engine: AnyEngine) -> None:
         """The engine is there: requests are taken from now on. Any thread may say so, once; it takes a second."""
-        watched = WatchedEngine(engine, metrics=self.metrics, running=self.running)
+        engines = {name: self._watched(engine, name) for name in self.models}
         grammars = Grammars.of(self.tokenizer, vocab_size=engine.vocab_size)
         self.metrics.watch(engine.stats)
-        self._open = _Open(watched, Chat(watched, self.tokenizer, grammars=grammars), grammars)
+        chats = {name: Chat(watched, self.tokenizer, grammars=grammars) for name, watched in engines.items()}
+        self._open = _Open(engines, chats, grammars)
 
     def stop(self, *, within_s: float | None = None) -> None:
         """No request is taken any more; what runs may go on for `settings.shutdown_s`, or shorter."""
@@ -110,6 +127,10 @@ class Service:
         self.stop()
         await self.running.drain(lambda: self._stops_at or 0.0)
         self.resources.close()
+
+    def _watched(self, engine: AnyEngine, model: str) -> WatchedEngine:
+        adapter = None if model == self.model_name else model
+        return WatchedEngine(engine, model=model, adapter=adapter, metrics=self.metrics, running=self.running)
 
     def _opened(self) -> _Open:
         if self._stops_at is not None:
@@ -130,7 +151,14 @@ async def service_of(request: Request) -> Service:
 TheService = Annotated[Service, Depends(service_of)]  # of a route's parameter
 
 
-def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    with contextlib.suppress(UserError):  # a small tokenizer may not have it
-        return tokenizer.stop_ids | {tokenizer.special("<|endoftext|>")}
-    return tokenizer.stop_ids
+def check_names(adapters: Sequence[str], *, model_name: str) -> None:
+    """Raises UserError for adapters that clients could not tell from each other or from the model, or not write."""
+    for place, name in enumerate(adapters):
+        if _NAME.fullmatch(name) is None:
+            raise UserError(
+                f"an adapter is named {name[:100]!r}; expected a letter or digit, then letters, digits and . _ : / -, "
+                "at most 200 characters in all: clients give it as their model"
+            )
+        if name in (model_name, *adapters[:place]):
+            other = "the model" if name == model_name else "another one"
+            raise UserError(f"an adapter is named {name!r} as {other} is; expected a name of its own: give it NAME=DIR")

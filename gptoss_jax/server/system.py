@@ -27,15 +27,14 @@ class DetokenizeBody(BaseModel):
 
 @router.get("/v1/models", summary="List the models")
 async def models(service: TheService) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [_model(service)]}
+    """The model that is served, and the model with each of its adapters."""
+    return {"object": "list", "data": [_model(service, name) for name in service.models]}
 
 
 @router.get("/v1/models/{model:path}", summary="Look a model up")
 async def model(model: str, service: TheService) -> dict[str, Any]:
     """The model, if it is served."""
-    service.check_model(model)
-    return _model(service)
+    return _model(service, service.model_named(model))
 
 
 @router.post("/tokenize", summary="Text to ids")
@@ -90,11 +89,13 @@ async def docs(request: Request) -> HTMLResponse:
     return HTMLResponse(page_of(request.app.openapi()), headers={"Content-Security-Policy": policy})
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "gptoss-jax",
+        "root": service.model_name,
+        "parent": None if name == service.model_name else service.model_name,
         "max_model_len": service.max_context,
     }

@@ -1,5 +1,7 @@
 """A runner without a model: the next id is a hash of what lies in the pages. So a wrong page is a wrong answer.
 
+What lies there is marked by the adapter that it was computed with, and no other may see it.
+
 A sequence whose prompt begins with BROKEN has no scores behind its third id.
 """
 
@@ -41,8 +43,8 @@ class FakeRunner:
 
     def reset(self):
         size = self.limits.page_size
-        self.full = [[-1] * size for _ in range(self.limits.num_full_pages)]
-        self.sliding = [[-1] * size for _ in range(self.limits.num_sliding_pages)]
+        self.full = [[None] * size for _ in range(self.limits.num_full_pages)]
+        self.sliding = [[None] * size for _ in range(self.limits.num_sliding_pages)]
         self.slots = {}
 
     def admit(self, sequence, sampling):
@@ -79,8 +81,9 @@ class FakeRunner:
     def _run_piece(self, piece, allowed):
         size, sequence = self.limits.page_size, piece.sequence
         for position, token in enumerate(piece.tokens, start=piece.start):
-            self.full[sequence.full_pages[position // size]][position % size] = token
-            self.sliding[sequence.sliding_pages[position // size]][position % size] = token
+            held = (sequence.adapter, token)
+            self.full[sequence.full_pages[position // size]][position % size] = held
+            self.sliding[sequence.sliding_pages[position // size]][position % size] = held
         drawn = []
         for guess in (*piece.draft, None) if piece.samples else ():
             end = len(sequence.ids) + len(drawn)
@@ -91,9 +94,11 @@ class FakeRunner:
 
     def _draw(self, sequence, end, mask):
         size = self.limits.page_size
-        ids = [self.full[sequence.full_pages[p // size]][p % size] for p in range(end)]
+        held = [self.full[sequence.full_pages[p // size]][p % size] for p in range(end)]
         seen = range(max(0, end - self.limits.window), end)
-        assert [self.sliding[sequence.sliding_pages[p // size]][p % size] for p in seen] == ids[seen.start :]
+        assert [self.sliding[sequence.sliding_pages[p // size]][p % size] for p in seen] == held[seen.start :]
+        adapters, ids = zip(*held, strict=True)
+        assert {*adapters} == {sequence.adapter}
         found = next_id(ids, self.slots[sequence.slot], end - sequence.num_prompt)
         if mask is not None:
             allowed_ids = [i for i in range(VOCAB) if mask[i // 32] >> (i % 32) & 1]

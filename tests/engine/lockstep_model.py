@@ -8,12 +8,18 @@ from flax import nnx
 
 from gptoss_jax.engine.request import Request, SamplingParams
 from gptoss_jax.engine.settings import EngineSettings
+from gptoss_jax.model.adapter import AdapterSpec, with_adapters
 from gptoss_jax.model.config import alternating_layers
 from gptoss_jax.model.transformer import GptOss
+from tests.engine.random_adapter import random_adapter
 from tests.tiny import TINY
 
 CONFIG = dataclasses.replace(TINY, layer_kinds=alternating_layers(2), max_context=200)
 SETTINGS = EngineSettings(max_rows=2, page_size=8, cache_tokens=200, prefill_tokens=16, batch_invariant=True)
+ADAPTERS = {
+    "attention": random_adapter(CONFIG, AdapterSpec(rank=3, alpha=3, targets=("q", "k", "v", "o")), seed=1),
+    "experts": random_adapter(CONFIG, AdapterSpec(rank=5, alpha=5, targets=("router", "gate_up", "down")), seed=2),
+}
 SETTINGS_OF_REQUESTS = (
     SamplingParams(temperature=0),
     SamplingParams(seed=3, logit_bias={7: 3.0}),
@@ -40,10 +46,13 @@ REQUESTS = tuple(
         stop_ids=(),
         n=1 + i % 2,
         constraint=OddIds if i == 2 else None,
+        adapter=(None, "attention", "experts", "attention")[i],
     )
     for i, sampling in enumerate(SETTINGS_OF_REQUESTS)
 )
 
 
-def make_model(mesh=None) -> GptOss:
-    return GptOss(CONFIG, dtype=jnp.float32, mesh=mesh, impl="xla", rngs=nnx.Rngs(0))
+def make_model(*adapters: str, mesh=None) -> GptOss:
+    """With these adapters."""
+    base = GptOss(CONFIG, dtype=jnp.float32, mesh=mesh, impl="xla", rngs=nnx.Rngs(0))
+    return with_adapters(base, [ADAPTERS[name] for name in adapters])

@@ -20,19 +20,19 @@ def main() -> None:
     from gptoss_jax.engine import runner
     from gptoss_jax.engine.engine import Engine, follow
     from gptoss_jax.sharding import make_mesh
-    from tests.engine.lockstep_model import REQUESTS, SETTINGS, make_model
+    from tests.engine.lockstep_model import ADAPTERS, REQUESTS, SETTINGS, make_model
 
     steps = []
     execute = runner.Runner.execute
     runner.Runner.execute = lambda self, step, *masks: (steps.append(step.program), execute(self, step, *masks))[1]
-    model = make_model(make_mesh(expert=2, tensor=2))
+    model = make_model(*ADAPTERS, mesh=make_mesh(expert=2, tensor=2))
     ids = None
     if is_first():
-        with Engine(model, settings=SETTINGS) as engine:
+        with Engine(model, settings=SETTINGS, adapters=tuple(ADAPTERS)) as engine:
             streams = [engine.submit(request) for request in REQUESTS]
             ids = [[answer.ids for answer in stream.result()] for stream in streams]
     else:
-        follow(model, settings=SETTINGS)
+        follow(model, settings=SETTINGS, adapters=tuple(ADAPTERS))
     print(json.dumps({"ids": ids, "steps": len(steps)}))
 
 

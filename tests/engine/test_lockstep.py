@@ -14,7 +14,7 @@ from gptoss_jax.engine.lockstep import read_step, write_step
 from gptoss_jax.engine.request import SamplingParams
 from gptoss_jax.engine.runner import History, StepInput
 from gptoss_jax.engine.sampling import RowSettings
-from tests.engine.lockstep_model import REQUESTS, make_model
+from tests.engine.lockstep_model import ADAPTERS, REQUESTS, make_model
 from tests.hosts.processes import free_port, run_all
 
 WORKER = Path(__file__).with_name("lockstep_worker.py")
@@ -25,12 +25,12 @@ def test_two_processes_answer_as_one_device():
     first, second = run_all([(sys.executable, WORKER, port, i) for i in range(2)])
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
     told, followed = (json.loads(process.stdout.splitlines()[-1]) for process in (first, second))  # Gloo prints too
-    model = make_model()
+    models = {None: make_model()} | {name: make_model(name) for name in ADAPTERS}
     for request, answers in zip(REQUESTS, told["ids"], strict=True):
         for index, ids in enumerate(answers):
             sampling = request.sampling.of_continuation(index)
             expected = generate(
-                model,
+                models[request.adapter],
                 request.prompt,
                 max_new_tokens=request.max_new_tokens,
                 sampling=sampling,

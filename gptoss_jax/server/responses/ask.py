@@ -38,8 +38,13 @@ _MOST_OF_A_HEADER = 300  # ids: marks, a role, a name, a recipient, a channel, a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What the model is to read, and what it is offered."""
+    """What the model is to read, and what it is offered.
 
+    Attributes:
+        model: the name of the one that is asked.
+    """
+
+    model: str
     conversation: Sequence[Message]
     input: tuple[StoredItem, ...]
     offer: Offer
@@ -51,11 +56,13 @@ class Asked:
     """A turn, ready to run.
 
     Attributes:
+        model: the name of the one that answers.
         response: the body of the response as it begins, without output.
         input: the request's own items, for the store.
         logprobs: what the client is told of a token; None where it did not ask.
     """
 
+    model: str
     conversation: Sequence[Message]
     settings: TurnSettings
     tools: tuple[Tool, ...]
@@ -83,6 +90,7 @@ async def ask(body: CreateResponse, *, service: Service, store: ResponseStore | 
         max_rounds=max(_ROUNDS, (body.max_tool_calls or 0) + 1),
     )
     return Asked(
+        model=prompt.model,
         conversation=conversation,
         settings=settings,
         tools=limited(prompt.offer.tools, body.max_tool_calls),
@@ -96,7 +104,7 @@ async def read_prompt(body: CountTokens, *, service: Service, store: ResponseSto
     """The part of a body that goes into a prompt."""
     _ = service.engine  # 503 while there is none, before anything is looked up
     refuse(body)
-    service.check_model(body.model)
+    model = service.model_named(body.model)
     items = input_items(body.input)
     earlier = await _earlier(body.previous_response_id, store)
     if not items and not earlier:
@@ -115,7 +123,7 @@ async def read_prompt(body: CountTokens, *, service: Service, store: ResponseSto
         effort=effort_of(body, default=service.settings.default_effort),
         today=service.settings.today,
     )
-    return Prompt(conversation=conversation, input=tuple(new), offer=offer, form=form)
+    return Prompt(model=model, conversation=conversation, input=tuple(new), offer=offer, form=form)
 
 
 def _offered(body: CountTokens, service: Service) -> tuple[Offer, Form]:
@@ -215,7 +223,7 @@ def _response(
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
-        "model": service.model_name,
+        "model": prompt.model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,

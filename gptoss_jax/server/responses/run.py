@@ -43,7 +43,7 @@ class Turn:
 
     def __init__(self, asked: Asked, service: Service, *, patience_s: float | None):
         self._patience_s = patience_s
-        self._events: AsyncIterator[ChatEvent] = service.chat.stream(
+        self._events: AsyncIterator[ChatEvent] = service.chat_of(asked.model).stream(
             asked.conversation, settings=asked.settings, tools=asked.tools
         )
         self._first: asyncio.Future[ChatEvent] | None = None
