@@ -1,0 +1,1 @@
+"""Fine-tuning: data, the step that trains, and the loop around it. See loop.py for how."""
