@@ -50,7 +50,7 @@ class Chat:
         self._engine = engine
         self._tokenizer = tokenizer
         self._grammars = grammars
-        self._stop_ids = tokenizer.stop_ids | {tokenizer.special("<|endoftext|>")}
+        self._stop_ids = tokenizer.end_ids
 
     async def stream(
         self, conversation: Conversation, *, settings: TurnSettings, tools: Sequence[Tool] = ()

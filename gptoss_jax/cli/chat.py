@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 from gptoss_jax.chat import Chat, TurnSettings
-from gptoss_jax.cli import chat_commands, chat_session, serving
+from gptoss_jax.cli import adapters, chat_commands, chat_session, serving
 from gptoss_jax.cli.chat_answer import Answer
 from gptoss_jax.cli.chat_input import LineReader, Reader, is_typed
 from gptoss_jax.cli.chat_screen import Screen
@@ -31,15 +31,16 @@ _SEEDS = 2**32
 def run(options: argparse.Namespace) -> int:
     """Talks until the user leaves, or answers --prompt."""
     _decode_anything()
+    folders = adapters.only(options.adapter)
     with serving.joined(options) as hosts:
         if hosts.process_id:
-            serving.follow(options, hosts)
+            serving.follow(options, hosts, folders=folders)
             return 0
         session, settings = _session(options), _settings(options)  # mistakes are told before weights are read
         prompt = _text(sys.stdin.read()) if options.prompt == "-" else options.prompt
         started = time.perf_counter()
         _say(f"loading {options.checkpoint} …")
-        with serving.open_engine(options, hosts) as opened, asyncio.Runner() as runner:
+        with serving.open_engine(options, hosts, folders=folders) as opened, asyncio.Runner() as runner:
             _say(f"ready after {time.perf_counter() - started:.1f} s")
             talk = Talk(opened, session, settings, screen(is_conversation=prompt is None), runner)
             return talk.answer_once(prompt) if prompt is not None else talk.go_on()

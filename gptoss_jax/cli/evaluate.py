@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gptoss_jax import checkpoint
 from gptoss_jax.bench import report
-from gptoss_jax.cli import devices, programs
+from gptoss_jax.cli import adapters, devices, programs
 from gptoss_jax.cli.agreement import agree_on_command
 from gptoss_jax.cli.eval_lines import Line, Passage, Question, Reader, kind_of, named, read_entries
 from gptoss_jax.cli.terminal import table
@@ -51,8 +51,10 @@ def run(options: argparse.Namespace) -> int:
         _rehearse(config, experts=experts, **settings)
         agree_on_command(options, checkpoint=path)
         agree(f"the file {options.file}", hashlib.sha256(options.file.read_bytes()).hexdigest())
+        trained = adapters.read(adapters.only(options.adapter), checkpoint=path, config=config)
         with devices.enough_memory():
-            _score(checkpoint.load(path, **settings), lines, options, first=hosts.process_id == 0)
+            model = adapters.attached(checkpoint.load(path, **settings), trained)
+            _score(model, lines, options, first=hosts.process_id == 0)
     return 0
 
 
@@ -101,6 +103,7 @@ def _score(model: GptOss, lines: Sequence[Line], options: argparse.Namespace, *,
     if not first:
         return
     document = {**report.frame(), "benchmark": "eval", "checkpoint": str(options.checkpoint), "file": str(options.file)}
+    document |= {"adapter": None if options.adapter is None else str(options.adapter)}
     document |= {"dtype": options.dtype, "dense": options.dense, "impl": dataclasses.asdict(model.impl)}
     document |= {"mesh": options.mesh, "batch_exact": exact, "texts": _texts(results), "choices": _choices(results)}
     if options.out is not None:

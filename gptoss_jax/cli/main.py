@@ -6,14 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import gptoss_jax
-from gptoss_jax.cli import exit_codes
+from gptoss_jax import nano
+from gptoss_jax.cli import exit_codes, options
+from gptoss_jax.cli.options import Commands
 from gptoss_jax.errors import UserError
-
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Arguments: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 # What `serve` imports that the package itself does not depend on; the other commands do without their extras.
 _OF_SERVE = frozenset({"fastapi", "jsonschema", "llguidance", "prometheus_client", "pydantic", "starlette", "uvicorn"})
@@ -25,31 +23,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success, 1 a check that failed (`verify`), 2 input that cannot be used, 3 another process that was lost,
     130 Ctrl-C, 141 a closed pipe.
     """
-    options = _parser().parse_args(arguments)
-    module, function = options.run.split(":")
+    parsed = _parsed(_parser(), arguments)
+    module, function = parsed.run.split(":")
     try:
-        return getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)(options)
+        return getattr(importlib.import_module(f"gptoss_jax.cli.{module}"), function)(parsed)
     except UserError as error:
-        print(f"gptoss-jax {options.command}: {error}", file=sys.stderr)
+        print(f"gptoss-jax {parsed.command}: {error}", file=sys.stderr)
         return exit_codes.USER_ERROR
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _OF_SERVE:
             raise  # a mistake of ours, or half an installation: the traceback says more
         how = 'pip install "gptoss-jax[serve]"'
-        print(f"gptoss-jax {options.command}: {missing} is not installed; {how} brings it", file=sys.stderr)
+        print(f"gptoss-jax {parsed.command}: {missing} is not installed; {how} brings it", file=sys.stderr)
         return exit_codes.USER_ERROR
     except BrokenPipeError:  # the reader, `head` say, has seen enough; and Python would complain again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.BROKEN_PIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"gptoss-jax {options.command}: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"gptoss-jax {parsed.command}: {where}{error.strerror or error}", file=sys.stderr)
         return exit_codes.USER_ERROR
     except KeyboardInterrupt:
-        hint = "; the same command goes on from here" if options.command == "convert" else ""
-        print(f"\ngptoss-jax {options.command}: interrupted{hint}", file=sys.stderr)
+        hint = "; the same command goes on from here" if parsed.command in ("convert", "train") else ""
+        print(f"\ngptoss-jax {parsed.command}: interrupted{hint}", file=sys.stderr)
         return exit_codes.INTERRUPTED
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """KEY=VALUE may stand behind options too, where argparse, for a command of commands, no longer expects it."""
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (parsed.command != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,41 +68,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptoss-jax {gptoss_jax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_demo, _init, _convert, _export, _verify, _inspect, _plan, _generate, _chat, _serve, _eval, _bench):
+    for add in (
+        _demo,
+        _init,
+        _convert,
+        _export,
+        _verify,
+        _merge,
+        _inspect,
+        _plan,
+        _generate,
+        _chat,
+        _serve,
+        _eval,
+        _train,
+        _plot,
+        _bench,
+    ):
         add(commands)
     return parser
 
 
-def _command(
-    commands: Commands, name: str, run: str, *, help: str, description: str | None = None
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=description or f"{help[0].upper()}{help[1:]}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _demo(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "demo",
         "demo:run",
-        help="make a small model, convert it onto simulated devices, and generate",
-        description="Makes a small checkpoint of the released layout with random weights, converts it onto a mesh of\n"
-        "simulated CPU devices with its experts sharded, generates from it, and shows what lies where.",
+        help="convert the small model onto simulated devices, and ask it something",
+        description="Takes gpt-oss-nano, which comes with the package in the released layout, converts it onto a mesh\n"
+        "of simulated CPU devices with its experts sharded, asks it a few things, and shows what lies where.",
     )
-    parser.add_argument("--model", default="demo", help="a model's name; the default is small enough for any machine")
+    parser.add_argument(
+        "--model",
+        default=nano.NAME,
+        help="or another model's name: its sizes with random weights; default: %(default)s",
+    )
     parser.add_argument("--mesh", default="data=1,expert=4,tensor=2", help="default: %(default)s")
     parser.add_argument("--keep", metavar="DIR", help="keep the folders it makes in DIR")
-    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=150, metavar="N", help="default: %(default)s")
 
 
 def _init(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "init",
         "weights:init",
@@ -112,41 +127,76 @@ def _init(commands: Commands) -> None:
 
 
 def _convert(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "convert",
         "weights:convert",
         help="convert a release (Hugging Face or original/) into a sharded Orbax checkpoint",
         description="Converts a Hugging Face folder or OpenAI's original/ folder into a sharded Orbax checkpoint.\n"
         "Memory stays bounded, and every tensor byte for byte. Interrupted, the same command goes on where it was;\n"
-        "meanwhile the work is in DST.unfinished. No accelerator is used.",
+        "meanwhile the work is in DST.unfinished. No accelerator is used. A folder of PEFT's with an adapter becomes\n"
+        "one of ours.",
     )
-    parser.add_argument("source", metavar="SRC", help="a folder with config.json and *.safetensors")
+    parser.add_argument("source", metavar="SRC", type=nano.find, help="a folder with config.json and *.safetensors")
     parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
-    _mesh(parser, default="data=1,expert=1,tensor=1", help="cut files for this mesh (any other can load them too)")
+    options.mesh(
+        parser, default="data=1,expert=1,tensor=1", help="cut files for this mesh (any other can load them too)"
+    )
     parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="how to store experts; default: as they are")
-    _scale_rule(parser)
-    _processes(parser, shared="SRC and DST on a shared disk")
+    options.scale_rule(parser)
+    parser.add_argument("--base", metavar="CKPT", type=nano.find, help="of an adapter: the model that it belongs to")
+    options.processes(parser, shared="SRC and DST on a shared disk")
 
 
 def _export(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "export",
         "weights:export",
         help="write a checkpoint back as a Hugging Face or original/ folder",
         description="Writes a converted checkpoint back as a folder that transformers (hf) or OpenAI's loader\n"
-        "(original) takes. MXFP4 checkpoints come back byte for byte.",
+        "(original) takes. MXFP4 checkpoints come back byte for byte. An adapter becomes a folder that PEFT,\n"
+        "transformers and vLLM take (peft).",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint")
+    parser.add_argument("checkpoint", metavar="CKPT", type=nano.find, help="a converted checkpoint, or an adapter")
     parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
-    parser.add_argument("--format", choices=("hf", "original"), required=True)
+    parser.add_argument("--format", choices=("hf", "original", "peft"), required=True)
     parser.add_argument("--experts", choices=("mxfp4", "bf16"), help="how to store experts; default: as they are")
-    _scale_rule(parser)
+    options.scale_rule(parser)
+    adapter = parser.add_argument_group("of an adapter")
+    adapter.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    adapter.add_argument(
+        "--base", metavar="CKPT", type=nano.find, help="the model that it belongs to, to be compared with"
+    )
+    adapter.add_argument("--base-name", metavar="NAME", help="what PEFT's file calls that model")
+
+
+def _merge(commands: Commands) -> None:
+    parser = options.command(
+        commands,
+        "merge",
+        "merge:merge",
+        help="add an adapter to its model, as a Hugging Face or original/ folder",
+        description="Writes a release in which the adapter has been added to the weights, and says how much of each\n"
+        "update is left after rounding. What the adapter does not change comes out byte for byte.",
+    )
+    options.checkpoint(parser)
+    parser.add_argument("adapter", metavar="ADAPTER", help="a folder of ours, or of PEFT's")
+    parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    parser.add_argument("--format", choices=("hf", "original"), default="hf", help="default: %(default)s")
+    parser.add_argument(
+        "--experts", choices=("mxfp4", "bf16"), help="default: as they are, or bf16 if the adapter changes them"
+    )
+    parser.add_argument(
+        "--scale-rule",
+        choices=("reuse", "even", "floor", "up"),
+        help="of experts that become MXFP4; default: the base's own scales (reuse), even where it has none",
+    )
+    parser.add_argument("--json", action="store_true", help="what is left of the adapter, for machines")
 
 
 def _verify(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "verify",
         "weights:verify",
@@ -159,16 +209,18 @@ def _verify(commands: Commands) -> None:
 
 
 def _inspect(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands, "inspect", "weights:inspect", help="show config, tensors, sizes and shardings of a folder"
     )
-    parser.add_argument("path", metavar="PATH", help="a converted checkpoint, a Hugging Face or an original/ folder")
-    _mesh(parser, default=None, help="show where each parameter would lie on this mesh")
+    parser.add_argument(
+        "path", metavar="PATH", type=nano.find, help="a converted checkpoint, a Hugging Face or an original/ folder"
+    )
+    options.mesh(parser, default=None, help="show where each parameter would lie on this mesh")
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
 def _generate(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "generate",
         "text:generate",
@@ -176,24 +228,25 @@ def _generate(commands: Commands) -> None:
         description="Continues a text, streaming to stdout; time to first token and tokens per second go to stderr.\n"
         "The text is taken as it is: no chat format is put around it.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    options.checkpoint(parser)
     parser.add_argument("text", metavar="TEXT", nargs="?", help="the prompt; - reads it from stdin")
     parser.add_argument("--tokens", metavar="IDS", help="the prompt as ids: 1,2,3")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    _sampling(parser)
+    options.adapter(parser)
+    options.sampling(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    _dense(parser)
-    _mesh(parser, default=None, help="shard over this mesh; auto chooses one and says why")
-    _impl(parser)
-    _dispatch(parser)
-    _embedding(parser)
+    options.dense(parser)
+    options.mesh(parser, default=None, help="shard over this mesh; auto chooses one and says why")
+    options.impl(parser)
+    options.dispatch(parser)
+    options.embedding(parser)
     parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end, for machines")
-    _processes(parser, shared="the same arguments and the same checkpoint")
+    options.processes(parser, shared="the same arguments and the same checkpoint")
 
 
 def _chat(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "chat",
         "chat:run",
@@ -202,7 +255,7 @@ def _chat(commands: Commands) -> None:
         "answer. /help says what can be typed. With --prompt, or where stdout is no terminal, only the answer goes to\n"
         "stdout.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    options.checkpoint(parser, default=nano.NAME)
     parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this, and leave; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT|@FILE", help="instructions that stand before the conversation")
     parser.add_argument("--effort", choices=("low", "medium", "high"), default="medium", help="default: %(default)s")
@@ -211,16 +264,17 @@ def _chat(commands: Commands) -> None:
     )
     parser.add_argument("--date", metavar="YYYY-MM-DD", help="what the model is told; none for no date; default: today")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on with a conversation that /save wrote")
+    options.adapter(parser)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; default: as the context leaves")
     sampling = parser.add_argument_group("sampling")
-    _drawing(sampling)
+    options.drawing(sampling)
     sampling.add_argument("--seed", type=int, help="of the first answer; default: another one each time")
-    _engine(parser, max_rows=1)
-    _processes(parser, shared="the same arguments and the same checkpoint")
+    options.engine(parser, max_rows=1)
+    options.processes(parser, shared="the same arguments and the same checkpoint")
 
 
 def _serve(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "serve",
         "serve:run",
@@ -228,10 +282,18 @@ def _serve(commands: Commands) -> None:
         description="Serves /v1/responses, /v1/chat/completions, /v1/completions and more (docs/server.md), and a\n"
         "page at /. It listens at once; /ready is 200 when the model is loaded. SIGINT or SIGTERM lets answers finish.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    options.checkpoint(parser, default=nano.NAME)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks; default: %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free; default: %(default)s")
     parser.add_argument("--model-name", metavar="NAME", help="what clients call the model; default: CKPT's last part")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a trained adapter, ours or PEFT's, which requests choose as the model NAME, by default DIR's last part; "
+        "may be given several times",
+    )
     answers = parser.add_argument_group("answers")
     answers.add_argument(
         "--effort", choices=("low", "medium", "high"), default="medium", help="where none is asked for; default: medium"
@@ -278,12 +340,12 @@ def _serve(commands: Commands) -> None:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
     )
     server.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
-    _engine(parser, max_rows=16)
-    _processes(parser, shared="the same arguments and the same checkpoint")
+    options.engine(parser, max_rows=16)
+    options.processes(parser, shared="the same arguments and the same checkpoint")
 
 
 def _eval(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "eval",
         "evaluate:run",
@@ -294,8 +356,9 @@ def _eval(commands: Commands) -> None:
         '  {"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}\n'
         "Progress goes to stderr. docs/evaluation.md says what the numbers are.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint, or a released folder")
+    options.checkpoint(parser)
     parser.add_argument("file", metavar="FILE", type=Path, help="one JSON object in each line")
+    options.adapter(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result there, as JSON")
     parser.add_argument("--lines-out", type=Path, metavar="FILE", help="write each line's result there, as JSONL")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
@@ -315,17 +378,56 @@ def _eval(commands: Commands) -> None:
         help="let texts share steps also where a text's last bits then depend on the others; short texts are faster so",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    _dense(parser)
-    _mesh(parser, default=None, help="shard over this mesh")
-    _impl(parser)
-    _dispatch(parser)
-    _embedding(parser)
+    options.dense(parser)
+    options.mesh(parser, default=None, help="shard over this mesh")
+    options.impl(parser)
+    options.dispatch(parser)
+    options.embedding(parser)
     parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
-    _processes(parser, shared="the same arguments, file and checkpoint")
+    options.processes(parser, shared="the same arguments, file and checkpoint")
+
+
+def _train(commands: Commands) -> None:
+    parser = options.command(
+        commands,
+        "train",
+        "train:train",
+        help="fine-tune a model: an adapter over packed weights, or all of it",
+        description="Trains as a configuration says, a TOML file or the name of one of ours; KEY=VALUE behind it\n"
+        "replaces a setting, as in loop.steps=200. Interrupted or killed, the same command goes on from the newest\n"
+        "save. What comes of it is RUN/adapter or RUN/model; RUN/log.jsonl has a line for every step.",
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a .toml file, or one of our names: lora-20b, qlora-120b, dpo, …"
+    )
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings in place of the file's")
+    parser.add_argument("--run", dest="run_folder", metavar="DIR", help="the run's folder; default: runs/ and the name")
+    parser.add_argument(
+        "--show-data", type=int, metavar="N", help="print N examples, coloured by which tokens count; trains nothing"
+    )
+    plan = parser.add_argument_group("what it would take")
+    plan.add_argument("--plan", action="store_true", help="print what each device would hold; trains nothing")
+    plan.add_argument("--chip", metavar="CHIP", help="and whether that fits: v5e, h100, …")
+    plan.add_argument("--compile", action="store_true", help="and what the chip's compiler says of the step")
+    parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
+    options.processes(parser, shared="the same arguments, and RUN on a disk that all see")
+
+
+def _plot(commands: Commands) -> None:
+    parser = options.command(
+        commands,
+        "plot",
+        "train_plot:plot",
+        help="draw what a training run says of itself",
+        description="Draws losses, gradient norm, speed, learning rate and the load of experts, layer by layer, also\n"
+        "of a run that still goes on.",
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="the folder of a run")
+    parser.add_argument("--out", metavar="FILE", help="a .png or .svg; default: RUN/plot.png")
 
 
 def _plan(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "plan",
         "plan:plan",
@@ -338,11 +440,11 @@ def _plan(commands: Commands) -> None:
     parser.add_argument("--devices", required=True, metavar="CHIP-COUNT", help="v5e-8, v6e-4, h100-8, rtx4090-1, …")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of each row; default: the model's most")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once; default: %(default)s")
-    _mesh(parser, default="auto", help="where it lies on the devices; auto chooses and says why")
+    options.mesh(parser, default="auto", help="where it lies on the devices; auto chooses and says why")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--experts", choices=("mxfp4", "bf16"), default="mxfp4", help="default: %(default)s")
-    _dense(parser)
-    _embedding(parser)
+    options.dense(parser)
+    options.embedding(parser)
     parser.add_argument(
         "--compile", action="store_true", help="ask the devices' own compiler too; it has to be installed (extra aot)"
     )
@@ -351,7 +453,7 @@ def _plan(commands: Commands) -> None:
 
 
 def _bench(commands: Commands) -> None:
-    parser = _command(
+    parser = options.command(
         commands,
         "bench",
         "bench:run",
@@ -370,7 +472,7 @@ def _bench(commands: Commands) -> None:
     parser.add_argument("parts", metavar="PART", nargs="*", help="default: kernels decode prefill")
     parser.add_argument("--model", default="gpt-oss-20b", help="whose sizes; default: %(default)s")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="CKPT", help="measure this checkpoint or release, no random weights"
+        "--checkpoint", type=nano.find, metavar="CKPT", help="measure this checkpoint or release, no random weights"
     )
     parser.add_argument("--layers", type=int, metavar="N", help="keep only the first N layers")
     parser.add_argument(
@@ -384,9 +486,9 @@ def _bench(commands: Commands) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--expert-format", choices=("mxfp4", "bf16"), default="mxfp4", help="default: %(default)s")
-    _dense(parser)
-    _impl(parser)
-    _mesh(parser, default=None, help="shard the model over this mesh")
+    options.dense(parser)
+    options.impl(parser)
+    options.mesh(parser, default=None, help="shard the model over this mesh")
     parser.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU")
     parser.add_argument(
         "--seconds", type=float, default=2.0, metavar="S", help="for each number, about; default: %(default)s"
@@ -464,151 +566,4 @@ def _bench_engine(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--kv-dtype", choices=("int8",), help="of keys and values; default: the model's")
     engine.add_argument(
         "--batch-invariant", action="store_true", help="scores are the same to the bit whatever runs beside"
-    )
-
-
-def _engine(parser: argparse.ArgumentParser, *, max_rows: int) -> None:
-    """What cli/serving.py opens."""
-    model = parser.add_argument_group("the model")
-    model.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
-    _dense(model)
-    _mesh(model, default=None, help="shard over this mesh; auto chooses one and says why")
-    _impl(model)
-    _dispatch(model)
-    _embedding(model)
-    model.add_argument("--host-devices", type=int, metavar="N", help="simulate N devices on the CPU, in each process")
-    engine = parser.add_argument_group("the engine")
-    engine.add_argument(
-        "--max-rows", type=int, default=max_rows, metavar="N", help="requests that run at a time; default: %(default)s"
-    )
-    engine.add_argument(
-        "--max-context", type=int, metavar="N", help="tokens of a conversation; default: what model and cache allow"
-    )
-    engine.add_argument(
-        "--cache-tokens", type=int, metavar="N", help="of all conversations; default: --max-context, or 32768 or more"
-    )
-    engine.add_argument("--cache-bytes", type=int, metavar="N", help="on each device, instead of --cache-tokens")
-    engine.add_argument("--kv-dtype", choices=("int8",), help="of keys and values; default: the model's")
-    engine.add_argument(
-        "--prefill-tokens", type=int, default=512, metavar="N", help="of prompts in a step; default: %(default)s"
-    )
-    engine.add_argument(
-        "--draft-tokens", type=int, default=0, metavar="N", help="ids that a step guesses and checks; default: none"
-    )
-    engine.add_argument(
-        "--batch-invariant", action="store_true", help="scores are the same to the bit whatever runs beside"
-    )
-
-
-def _processes(parser: argparse.ArgumentParser, *, shared: str) -> None:
-    group = parser.add_argument_group(
-        "several processes",
-        f"Each has {shared}; process 0 prints.\n"
-        "SLURM, Open MPI, indexed Kubernetes jobs and TPU pods say who is who; elsewhere the first three do:",
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--num-processes", type=int, metavar="N")
-    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
-    group.add_argument(
-        "--join-timeout", type=float, default=300.0, metavar="SECONDS", help="for all to come; default: %(default)g"
-    )
-    group.add_argument(
-        "--silence-timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="after which a process that gives no sign of life is lost, and the others end; default: %(default)g",
-    )
-
-
-def _mesh(parser: Arguments, *, default: str | None, help: str) -> None:
-    shown = f"; default: {default}" if default else ""
-    parser.add_argument("--mesh", metavar="data=1,expert=4,tensor=2", default=default, help=help + shown)
-
-
-def _drawing(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K best ids; default: all")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the best ids that add up to P; default: all"
-    )
-    group.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only ids P times as likely as the best; default: all"
-    )
-
-
-def _sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    _drawing(group)
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="divides scores of ids in the prompt or generated; default: 1, none",
-    )
-    group.add_argument(
-        "--presence-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="is taken from scores of generated ids; default: 0, none",
-    )
-    group.add_argument(
-        "--frequency-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="is taken as often as an id was generated; default: 0, none",
-    )
-    group.add_argument(
-        "--logit-bias",
-        action="append",
-        default=[],
-        metavar="ID=VALUE",
-        help="is added to the score of an id; may be given several times",
-    )
-    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-
-
-def _impl(parser: Arguments) -> None:
-    parser.add_argument(
-        "--impl",
-        metavar="NAME",
-        help="which kernels run: xla, cpu, gpu, tpu, or moe_matmul=gpu,linear=xla; default: the best for the devices",
-    )
-
-
-def _dense(parser: Arguments) -> None:
-    parser.add_argument(
-        "--dense",
-        choices=("bf16", "int8"),
-        default="bf16",
-        help="weights of attention and unembedding: int8 rounds them to 8 bits, on one device; default: %(default)s",
-    )
-
-
-def _embedding(parser: Arguments) -> None:
-    parser.add_argument(
-        "--embedding",
-        choices=("device", "host"),
-        default="device",
-        help="the memory its table lies in: host leaves 1.16 GB more on a device; default: %(default)s",
-    )
-
-
-def _dispatch(parser: Arguments) -> None:
-    parser.add_argument(
-        "--dispatch",
-        metavar="WAY",
-        help="how tokens reach their experts on a mesh: reduce, exchange or ragged; default: by their number",
-    )
-
-
-def _scale_rule(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--scale-rule",
-        choices=("even", "floor", "up"),
-        default="even",
-        help="block scales where bf16 experts are packed; default: %(default)s",
     )

@@ -12,13 +12,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from gptoss_jax import checkpoint
-from gptoss_jax.cli import exit_codes, serving
+from gptoss_jax.cli import adapters, exit_codes, serving
 from gptoss_jax.cli.chat_session import read_date
 from gptoss_jax.errors import UserError
 from gptoss_jax.harmony.tokenizer import load_tokenizer
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     _log(options.log_level.upper())
     with serving.joined(options) as hosts:
         if hosts.process_id:
-            serving.follow(options, hosts)
+            serving.follow(options, hosts, folders=adapters.named(options.adapter))
             return 0
         return _serve(options, hosts, settings)
 
@@ -49,9 +50,16 @@ def run(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace, hosts: Hosts, settings: ServerSettings) -> int:
     path = Path(options.checkpoint)
     name = options.model_name or path.resolve().name
+    folders = adapters.named(options.adapter)
     checkpoint.sizes(path)  # a folder that is none is told before anybody is told an address
     with contextlib.closing(_listen(options.host, options.port)) as listener:
-        app = create_app(None, tokenizer=load_tokenizer(path), model_name=name, settings=settings)
+        app = create_app(
+            None,
+            tokenizer=load_tokenizer(path),
+            model_name=name,
+            settings=settings,
+            adapters=adapters.names(folders),
+        )
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -62,7 +70,7 @@ def _serve(options: argparse.Namespace, hosts: Hosts, settings: ServerSettings) 
         server = _Server(config, service=app.state.service)
         _say(f"{_address(listener)}: {_who_may_ask(settings, listener)}")
         _say(f"loading {path}; until then requests for the model are answered by 503")
-        with _Loading(options, hosts, server):
+        with _Loading(options, hosts, server, folders):
             server.run(sockets=[listener])
     _say("ended")
     return 0
@@ -101,7 +109,8 @@ class _Server(uvicorn.Server):
 class _Loading:
     """The model's way into the server, in a thread beside it. Ends the server where there is no way."""
 
-    def __init__(self, options: argparse.Namespace, hosts: Hosts, server: _Server):
+    def __init__(self, options: argparse.Namespace, hosts: Hosts, server: _Server, folders: Sequence[adapters.Folder]):
+        self._folders = folders
         self._options = options
         self._hosts = hosts
         self._server = server
@@ -127,12 +136,14 @@ class _Loading:
     def _run(self) -> None:
         began = time.perf_counter()
         try:
-            with serving.open_engine(self._options, self._hosts) as opened:
+            with serving.open_engine(self._options, self._hosts, folders=self._folders) as opened:
                 self._server.service.open(opened.engine)
                 _keep_what_is_loaded()
                 self._loaded.set()
-                name, context = self._server.service.model_name, opened.engine.max_context
-                _say(f"ready after {time.perf_counter() - began:.1f} s: {name}, {context} tokens of context")
+                name, *names = self._server.service.models
+                trained = f", with {' or '.join(names)}" if names else ""
+                context = f"{opened.engine.max_context} tokens of context"
+                _say(f"ready after {time.perf_counter() - began:.1f} s: {name}{trained}, {context}")
                 self._served.wait()
         except BaseException as error:
             self._error = error

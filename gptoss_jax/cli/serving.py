@@ -11,13 +11,13 @@ with serving.joined(options) as hosts:
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from gptoss_jax import checkpoint
-from gptoss_jax.cli import devices, programs
+from gptoss_jax.cli import adapters, devices, programs
 from gptoss_jax.cli.agreement import agree_on_command
 from gptoss_jax.engine import engine as engines
 from gptoss_jax.engine.engine import Engine
@@ -55,27 +55,38 @@ def joined(options: argparse.Namespace) -> Iterator[Hosts]:
 
 
 @contextlib.contextmanager
-def open_engine(options: argparse.Namespace, hosts: Hosts) -> Iterator[Opened]:
+def open_engine(
+    options: argparse.Namespace, hosts: Hosts, *, folders: Sequence[adapters.Folder] = ()
+) -> Iterator[Opened]:
     """Loads the model and compiles its programs, which takes a while; closes the engine when the block ends.
 
+    Args:
+        folders: adapters, by whose names requests choose; or one without a name, which all take.
+
     Raises:
-        UserError: a checkpoint, a tokenizer or options that cannot be used; weights are read after all that is checked.
+        UserError: a checkpoint, an adapter, a tokenizer or options that cannot be used; weights are read after all that
+            is checked.
     """
     path = Path(options.checkpoint)
     tokenizer = load_tokenizer(path)
-    model, settings = _model(options, hosts, tokenizer)
+    model, settings = _model(options, hosts, tokenizer, folders)
     with contextlib.ExitStack() as stack:
         with devices.enough_memory():
-            engine = Engine(model, settings=settings, token_bytes=lambda token_id: tokenizer.decode_bytes([token_id]))
+            engine = Engine(
+                model,
+                settings=settings,
+                token_bytes=lambda token_id: tokenizer.decode_bytes([token_id]),
+                adapters=adapters.names(folders),
+            )
             stack.callback(engine.close)
         yield Opened(engine, tokenizer, path.resolve().name)
 
 
-def follow(options: argparse.Namespace, hosts: Hosts) -> None:
+def follow(options: argparse.Namespace, hosts: Hosts, *, folders: Sequence[adapters.Folder] = ()) -> None:
     """What a process other than 0 does: its part of every step, until process 0 closes its engine."""
-    model, settings = _model(options, hosts, None)
+    model, settings = _model(options, hosts, None, folders)
     with devices.enough_memory():
-        engines.follow(model, settings=settings)
+        engines.follow(model, settings=settings, adapters=adapters.names(folders))
 
 
 def engine_settings(options: argparse.Namespace, config: ModelConfig) -> EngineSettings:
@@ -96,7 +107,9 @@ def engine_settings(options: argparse.Namespace, config: ModelConfig) -> EngineS
     return dataclasses.replace(settings, cache_tokens=max(longest, settings.max_rows * _TOKENS_PER_ROW))
 
 
-def _model(options: argparse.Namespace, hosts: Hosts, tokenizer: Tokenizer | None) -> tuple[GptOss, EngineSettings]:
+def _model(
+    options: argparse.Namespace, hosts: Hosts, tokenizer: Tokenizer | None, folders: Sequence[adapters.Folder]
+) -> tuple[GptOss, EngineSettings]:
     """The model where it is to lie; whatever loading would refuse is refused before weights are read."""
     path = Path(options.checkpoint)
     config, experts = checkpoint.sizes(path)
@@ -120,5 +133,6 @@ def _model(options: argparse.Namespace, hosts: Hosts, tokenizer: Tokenizer | Non
     one_layer = dataclasses.replace(config, layer_kinds=config.layer_kinds[:1])
     abstract_model(one_layer, experts=experts, **placed)
     agree_on_command(options, checkpoint=path)
+    trained = adapters.read(folders, checkpoint=path, config=config)
     with devices.enough_memory():
-        return checkpoint.load(path, **placed), settings
+        return adapters.attached(checkpoint.load(path, **placed), trained), settings

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptoss_jax import checkpoint
-from gptoss_jax.cli import devices, programs
+from gptoss_jax.cli import adapters, devices, programs
 from gptoss_jax.cli.agreement import agree_on_command
 from gptoss_jax.engine.generate import generate as generate_ids
 from gptoss_jax.engine.request import STOP_IDS, SamplingParams
@@ -59,8 +59,10 @@ def generate(options: argparse.Namespace) -> int:
         settings |= {"dense": options.dense, "embedding": options.embedding}
         _rehearse(config, prompt, options, experts=experts, **settings)
         agree_on_command(options, checkpoint=path, prompt=prompt)
+        trained = adapters.read(adapters.only(options.adapter), checkpoint=path, config=config)
         with devices.enough_memory():
-            _print(checkpoint.load(path, **settings), tokenizer, prompt, options, first=first)
+            model = adapters.attached(checkpoint.load(path, **settings), trained)
+            _print(model, tokenizer, prompt, options, first=first)
     return 0
 
 
@@ -71,23 +73,24 @@ def _rehearse(
     shapes for its weights."""
     check_way(options.dispatch, mesh=mesh)
     one_layer = dataclasses.replace(config, layer_kinds=config.layer_kinds[:1])
-    _ids(abstract_model(one_layer, mesh=mesh, **settings), prompt, options)
+    _ids(abstract_model(one_layer, mesh=mesh, **settings), prompt, options, stop_ids=STOP_IDS)
 
 
 def _print(
     model: GptOss, tokenizer: Tokenizer | None, prompt: Sequence[int], options: argparse.Namespace, *, first: bool
 ) -> None:
     """As the ids come, or as one JSON object at the end."""
-    timing, ids = Timing(), []
+    timing, ids, stop_ids = Timing(), [], STOP_IDS if tokenizer is None else tokenizer.end_ids
     stream = tokenizer.stream() if tokenizer and not options.json else None
-    for token_id in timed(_ids(model, prompt, options), timing):
+    for token_id in timed(_ids(model, prompt, options, stop_ids=stop_ids), timing):
         ids.append(token_id)
         if stream:
             print(stream.push(token_id), end="", flush=True)
         elif not options.json:
             print(token_id, end=" ", flush=True)
     if options.json:
-        print(json.dumps(_document(model, tokenizer, prompt, ids, timing)))
+        stopped_by = ids[-1] if ids and ids[-1] in stop_ids else None
+        print(json.dumps(_document(model, tokenizer, prompt, ids, timing) | {"stopped_by": stopped_by}))
     else:
         print(stream.finish() if stream else "")
         if first:
@@ -121,8 +124,11 @@ def _parse_ids(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _ids(model: GptOss, prompt: Sequence[int], options: argparse.Namespace) -> Iterator[int]:
-    return generate_ids(model, prompt, max_new_tokens=options.max_new_tokens, sampling=_sampling(options))
+def _ids(
+    model: GptOss, prompt: Sequence[int], options: argparse.Namespace, *, stop_ids: Collection[int]
+) -> Iterator[int]:
+    settings = {"max_new_tokens": options.max_new_tokens, "sampling": _sampling(options), "stop_ids": stop_ids}
+    return generate_ids(model, prompt, **settings)
 
 
 def _sampling(options: argparse.Namespace) -> SamplingParams:
@@ -154,7 +160,6 @@ def _document(
         "prompt_ids": list(prompt),
         "ids": list(ids),
         "text": tokenizer.decode(ids) if tokenizer else None,
-        "stopped_by": ids[-1] if ids and ids[-1] in STOP_IDS else None,
         "seconds_to_first_token": timing.times[0],
         "tokens_per_second": timing.rate,
         "mesh": None if model.mesh is None else dict(model.mesh.shape),

@@ -8,11 +8,12 @@ import time
 from itertools import starmap
 from pathlib import Path
 
-from gptoss_jax.cli import devices, memory
+from gptoss_jax.cli import devices, memory, merge
 from gptoss_jax.cli.agreement import agree_on_command
 from gptoss_jax.cli.terminal import progress, size, table
 from gptoss_jax.configs import model_config
 from gptoss_jax.convert import conversion, names, synthetic
+from gptoss_jax.convert.adapters import sniff_adapter
 from gptoss_jax.convert.export import export as export_folder
 from gptoss_jax.convert.inspection import Group, Inspection, Total, inspect_folder
 from gptoss_jax.convert.verification import verify as verify_checkpoint
@@ -45,6 +46,8 @@ def init(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
+    if sniff_adapter(Path(options.source)):
+        return merge.convert_adapter(options)
     memory.share_one_arena()
     mesh = MeshShape.parse(options.mesh)
     with devices.joined(options) as hosts:
@@ -84,6 +87,8 @@ def _report_conversion(destination: str, stored: list[int], start: float) -> Non
 
 
 def export(options: argparse.Namespace) -> int:
+    if options.format == "peft":
+        return merge.export_adapter(options)
     devices.simulate(1)
     start = time.perf_counter()
     with progress("exporting") as show:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import tiktoken
 
+from gptoss_jax import nano
 from gptoss_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,13 @@ _JSON_KINDS: dict[type, str] = {dict: "an object", list: "an array", str: "a str
 
 
 class Tokenizer:
-    """Text to ids and back. Text never becomes a special token: those are only had by name, from `special`."""
+    """Text to ids and back. Text never becomes a special token: those are only had by name, from `special`.
+
+    Attributes:
+        vocab_size: of all ids, those that are unused too.
+        stop_ids: of harmony, where a model stops to speak: the end of an answer and that of a call.
+        end_ids: those and the end of a text, of what the tokenizer has: a generation ends there.
+    """
 
     def __init__(self, encoding: tiktoken.Encoding, *, specials: Mapping[str, int], vocab_size: int):
         self._encoding = encoding
@@ -71,6 +78,7 @@ class Tokenizer:
         self._names = {token_id: name for name, token_id in specials.items()}
         self.vocab_size = vocab_size
         self.stop_ids = frozenset(specials[name] for name in _STOPS if name in specials)
+        self.end_ids = self.stop_ids | {specials[name] for name in ("<|endoftext|>",) if name in specials}
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` as ordinary text: "<|end|>" in it is seven characters like any others."""
@@ -136,12 +144,12 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def load_tokenizer(folder: Path | None, *, cache_dir: Path | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path | None, *, cache_dir: Path | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder; where it has no tokenizer.json, o200k from tiktoken's cache. No network.
 
     `cache_dir` is where tiktoken keeps its downloads, by default the place that tiktoken itself would look in.
     """
-    path = None if folder is None else folder / "tokenizer.json"
+    path = None if folder is None else nano.find(folder) / "tokenizer.json"
     if path is not None and os.path.lexists(path):  # a dangling link is a damaged checkpoint, not a missing file
         return _from_json(path)
     return _from_cache(cache_dir or _tiktoken_cache_dir(), wanted=path)

@@ -36,6 +36,24 @@ def test_tools_run_by_a_script():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lora", r"step 10 .*\n'.*'\nfor PEFT, .*\['adapter_config.json', 'adapter_model.safetensors'\]\n$"),
+        ("qlora_mesh", r"(\S+ holds [\d,]+ bytes\n){8}step 1 .*\n\d+ steps\n$"),
+        ("dpo", r"^step 1: loss 0.6931, .*\nstep \d+: loss 0.[0-5]\d+, accuracy 1.00\n$"),
+        ("full", r"^step 1 .*\nmodel: mxfp4 experts, 4 layers\n$"),
+    ],
+)
+def test_training_from_python(name: str, said: str):
+    path = ROOT / "examples" / "train" / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 60
+    (process,) = run_all([(sys.executable, path)])
+    assert process.code == 0, process.stderr
+    assert re.search(said, process.stdout, re.DOTALL), process.stdout
+
+
+@pytest.mark.slow
 def test_two_terminals(tmp_path: Path):
     (made,) = run_all([(*COMMAND, "init", tmp_path / "random", "--model", "tiny", "--layers", 2)])
     assert made.code == 0, made.stderr
