@@ -19,6 +19,7 @@ RANKS = {
     **dict.fromkeys(("model", "tools"), 1),
     **dict.fromkeys(("kernels", "sharding", "hosts", "aot", "harmony", "constrain"), 0),
     "errors": -1,  # everything may raise them
+    "nano": -1,  # and be given its name for a checkpoint
 }
 
 # What a part, or one module, does not know about.
