@@ -24,6 +24,7 @@ from gptoss_jax.train.batch import Batch
 from gptoss_jax.train.dpo import PreferenceBatch, dpo_loss, row_sums
 from gptoss_jax.train.forward import Remat, RouterStats, forward, unembedding
 from gptoss_jax.train.leaves import Leaves, Trained
+from gptoss_jax.train.locations import own_lines_only
 from gptoss_jax.train.loss import Sums, log_probabilities, router_loss, summed
 from gptoss_jax.train.optimizer import state_shardings
 
@@ -169,21 +170,25 @@ class Trainer:
         """
         self._check(batches)
         self.trained.forget_weights()
-        return self._step(state, self._frozen, batches)
+        with own_lines_only():
+            return self._step(state, self._frozen, batches)
 
     def evaluate(self, state: State, batch: Batch) -> Sums:
         """The loss of one batch, [B T], that nothing is learnt from."""
         self._check(batch)
-        return self._evaluate(state.leaves, self._frozen, batch)
+        with own_lines_only():
+            return self._evaluate(state.leaves, self._frozen, batch)
 
     def row_log_probabilities(self, state: State, batch: Batch) -> Float[Array, "B 1"]:
         """Of each row's targets together: of the state before the first step, a PreferenceBatch's reference."""
-        return self._row_sums(state.leaves, self._frozen, batch)[:, None]
+        with own_lines_only():
+            return self._row_sums(state.leaves, self._frozen, batch)[:, None]
 
     def lower(self, batches: Batch) -> jax.stages.Lowered:
         """The step for the compiler, of batches that may be shapes only, as may be the model: nothing is allocated."""
         frozen = {name: self._abstract(name) for name in self._frozen}
-        return self._step.lower(self.abstract_state(), frozen, batches)
+        with own_lines_only():
+            return self._step.lower(self.abstract_state(), frozen, batches)
 
     # ---- traced ------------------------------------------------------------------------------------------------------
 

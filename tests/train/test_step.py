@@ -174,6 +174,13 @@ def test_full_training_has_no_adapter():
         trainer.adapter(trainer.abstract_state())
 
 
+def test_the_compiler_is_not_told_who_called(steps: Steps):
+    program = steps.trainer.lower(cases.on_devices(cases.stacked(PACKED, OTHER), None)).as_text(debug_info=True)
+    assert "attention" in program
+    assert "test_step.py" not in program
+    assert jax.config.jax_include_full_tracebacks_in_locations  # elsewhere it is, as always
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
