@@ -11,6 +11,7 @@ from gptoss_jax.cli.terminal import size, table
 from gptoss_jax.configs import model_config, model_names
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
+from gptoss_jax.model.footprint import bytes_on_host
 from gptoss_jax.model.transformer import Experts
 from gptoss_jax.plan.chips import CHIPS, Chip
 from gptoss_jax.plan.compiled import Compiled, NoRoom, compile_lowered, mesh_of
@@ -65,7 +66,9 @@ def _compile(config: TrainConfig, sizes: ModelConfig, experts: Experts, topology
     jax.config.update("jax_platforms", "cpu")  # those that are here may be busy
     mesh = mesh_of(str(topology), config.mesh.shape)
     try:
-        return compile_lowered(lower(config, sizes, experts, mesh=mesh), str(topology))
+        lowered = lower(config, sizes, experts, mesh=mesh)
+        on_host = bytes_on_host(sizes, dtype=config.model.dtype, embedding=config.model.embedding)
+        return compile_lowered(lowered, str(topology), on_host=on_host)
     except NoRoom as error:
         return str(error)
 

@@ -59,6 +59,11 @@ class Reads:
         return self.dense + self.experts + self.cache
 
 
+def bytes_on_host(config: ModelConfig, *, dtype: DTypeLike, embedding: Memory) -> int:
+    """Of the weights that lie in the host's memory: the embedding's table or nothing."""
+    return config.vocab_size * config.width * jnp.dtype(dtype).itemsize if embedding == "host" else 0
+
+
 def footprint(
     config: ModelConfig,
     shape: MeshShape,

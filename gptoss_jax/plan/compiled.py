@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from gptoss_jax.aot import topology_devices
+from gptoss_jax.aot import Topology, topology_devices
 from gptoss_jax.engine.generate import step
 from gptoss_jax.engine.request import SamplingParams
 from gptoss_jax.engine.sampling import RowSettings
@@ -27,6 +27,7 @@ from gptoss_jax.errors import Unsupported
 from gptoss_jax.model.cache import Cache
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.dispatch import Way
+from gptoss_jax.model.footprint import bytes_on_host
 from gptoss_jax.model.formats import in_memory
 from gptoss_jax.model.layers import Dense, Memory
 from gptoss_jax.model.transformer import Experts, GptOss, abstract_model, split
@@ -113,7 +114,8 @@ def compile_step(
     mesh = mesh_of(topology, shape)
     settings: dict[str, Any] = {"dense": dense, "impl": impl, "dispatch": dispatch, "embedding": embedding}
     model = abstract_model(config, dtype=dtype, experts=experts, mesh=mesh, **settings)
-    return compile_lowered(lower_step(model, rows=rows, context=context, tokens=tokens), topology)
+    lowered = lower_step(model, rows=rows, context=context, tokens=tokens)
+    return compile_lowered(lowered, topology, on_host=bytes_on_host(config, dtype=dtype, embedding=embedding))
 
 
 def mesh_of(topology: str, shape: MeshShape) -> Mesh:
@@ -127,8 +129,12 @@ def mesh_of(topology: str, shape: MeshShape) -> Mesh:
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def compile_lowered(lowered: jax.stages.Lowered, topology: str) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, topology: str, *, on_host: int = 0) -> Compiled:
     """What the compiler says of a step that is lowered for a mesh of the topology.
+
+    Args:
+        on_host: bytes of arguments that lie in the host's memory. The compiler for GPUs that are not here knows no such
+            memory and counts them as the device's; they are taken off.
 
     Raises:
         NoRoom: the step needs more memory than a device has.
@@ -140,7 +146,8 @@ def compile_lowered(lowered: jax.stages.Lowered, topology: str) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise NoRoom(f"{topology}: the compiler finds no room: {str(error).splitlines()[0]}") from error
-    return _figures(compiled, seconds=time.monotonic() - start)
+    miscounted = on_host if Topology.parse(topology).platform == "gpu" else 0
+    return _figures(compiled, miscounted=miscounted, seconds=time.monotonic() - start)
 
 
 def lower_step(model: GptOss, *, rows: int, context: int, tokens: int) -> jax.stages.Lowered:
@@ -187,16 +194,17 @@ def _cache(model: GptOss, *, rows: int, context: int) -> Cache:
     return jax.tree.map(place, jax.eval_shape(lambda: model.empty_cache(rows=rows, capacity=context)))
 
 
-def _figures(compiled: jax.stages.Compiled, *, seconds: float) -> Compiled:
+def _figures(compiled: jax.stages.Compiled, *, miscounted: int, seconds: float) -> Compiled:
     memory = compiled.memory_analysis()
     assert memory is not None  # every compiler here has one
+    arguments = memory.argument_size_in_bytes - miscounted
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = compiled.cost_analysis()
     return Compiled(
-        arguments=memory.argument_size_in_bytes,
+        arguments=arguments,
         temporaries=memory.temp_size_in_bytes,
         outputs=outputs,
-        peak=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
+        peak=arguments + memory.temp_size_in_bytes + outputs,
         flops=cost.get("flops") if cost else None,
         collectives=collectives(compiled.as_text() or ""),
         seconds=seconds,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
@@ -186,7 +187,8 @@ class Trainer:
 
     def lower(self, batches: Batch) -> jax.stages.Lowered:
         """The step for the compiler, of batches that may be shapes only, as may be the model: nothing is allocated."""
-        frozen = {name: self._abstract(name) for name in self._frozen}
+        found = parameters(self.trained.model)
+        frozen = {name: self._abstract(name, found[name]) for name in self._frozen}
         with own_lines_only():
             return self._step.lower(self.abstract_state(), frozen, batches)
 
@@ -284,8 +286,7 @@ class Trainer:
             for name, gradient in gradients.items()
         }
 
-    def _abstract(self, name: str) -> jax.ShapeDtypeStruct:
-        parameter = parameters(self.trained.model)[name]
+    def _abstract(self, name: str, parameter: nnx.Param) -> jax.ShapeDtypeStruct:
         axes = parameter.get_metadata()["axes"]
         sharding = self.trained.placement.sharding(name, parameter.shape, axes)
         if sharding is not None:

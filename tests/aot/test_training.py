@@ -8,6 +8,7 @@ import pytest
 
 from gptoss_jax.aot import Topology
 from gptoss_jax.configs import model_config
+from gptoss_jax.model.footprint import bytes_on_host
 from gptoss_jax.plan.compiled import Compiled, compile_lowered, mesh_of
 from gptoss_jax.train.config import TrainConfig
 from gptoss_jax.train.plan import StepMemory, lower, step_memory
@@ -52,7 +53,9 @@ def compiled(
     sizes = model_config(name)
     sizes = dataclasses.replace(sizes, layer_kinds=sizes.layer_kinds[:layers])
     lowered = lower(config, sizes, "mxfp4", mesh=mesh_of(devices, config.mesh.shape))
-    return compile_lowered(lowered, devices), step_memory(config, sizes, "mxfp4")
+    on_host = bytes_on_host(sizes, dtype=config.model.dtype, embedding=config.model.embedding)
+    found = compile_lowered(lowered, devices, on_host=on_host)
+    return found, step_memory(config, sizes, "mxfp4")
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
