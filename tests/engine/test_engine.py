@@ -224,9 +224,11 @@ def test_a_token_is_held_back_only_while_a_stop_string_can_swallow_it():
     first, second = (token_bytes(i) for i in ids[:2])
     never = bytes([second[0] ^ 1])  # does not go on as the second id does
     with open_engine(before_run=gate) as engine:
+        engine.submit(request(max_new_tokens=1))
+        gate.reached.acquire()  # its step is held: both of these are there when the next one is planned
         held = engine.submit(request(max_new_tokens=3, stop=[first[-1:] + never]))
         free = engine.submit(request(max_new_tokens=3, stop=[b"\xff"]))
-        gate.steps.release()
+        gate.steps.release(2)
         assert next(free).id == ids[0]
         assert not held._unread
         gate.steps.release()
