@@ -169,9 +169,7 @@ class Loop:
     def _begin(self) -> tuple[Any, Mapping[str, Any], float | None]:
         newest = self.saves.newest()
         if newest is None:
-            state = self.trainer.start(self.settings.seed)
-            # Bound to its devices, as a step gives it back: otherwise the second step would be compiled anew.
-            return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state)), self.feed.start(), None
+            return self.trainer.start(self.settings.seed), self.feed.start(), None
         state, notes = self.saves.restore(newest, self.trainer.abstract_state())
         return state, notes.position, notes.loss
 

@@ -134,7 +134,9 @@ class Trainer:
         step = jnp.zeros((), jnp.int32)
         if self._mesh is not None:
             step = jax.jit(jnp.zeros_like, out_shardings=NamedSharding(self._mesh, P()))(step)
-        return State(step=step, leaves=leaves, optimizer=self._init(leaves))
+        state = State(step=step, leaves=leaves, optimizer=self._init(leaves))
+        # Bound to its devices, as a step gives it back: otherwise the second step would be compiled anew.
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
 
     def abstract_state(self) -> State:
         """Its shapes and where they lie: what a save is read into."""

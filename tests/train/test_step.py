@@ -174,6 +174,19 @@ def test_full_training_has_no_adapter():
         trainer.adapter(trainer.abstract_state())
 
 
+@pytest.mark.slow
+def test_the_step_is_compiled_once():
+    """Also behind `start`, where weights are bound to their device as those of a checkpoint are."""
+    base = cases.make_model(cases.sizes(1))
+    for parameter in parameters(base).values():
+        parameter[...] = jax.device_put(parameter[...], jax.devices()[0])
+    trainer = cases.make_trainer(base)
+    state, batches = trainer.start(0), cases.on_devices(cases.stacked(PACKED), None)
+    for _ in range(2):
+        state, _ = trainer.step(state, batches)
+    assert trainer._step._cache_size() == 1
+
+
 def test_the_compiler_is_not_told_who_called(steps: Steps):
     program = steps.trainer.lower(cases.on_devices(cases.stacked(PACKED, OTHER), None)).as_text(debug_info=True)
     assert "attention" in program
