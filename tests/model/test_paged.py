@@ -138,10 +138,11 @@ def test_8_bit_pages_are_near(model, tokens, expected):
 
 @pytest.mark.slow
 def test_bf16_pages_are_near(tokens, expected):
-    """Measured: 0.018 of the logits' spread; 3 of 110 tokens are so near a tie that they go to other experts."""
-    model = GptOss(CONFIG, dtype=jnp.bfloat16, impl="xla", rngs=nnx.Rngs(0))
+    """Measured: 0.03. Every token goes to all experts, as a router near a tie would choose by bfloat16's rounding."""
+    config = dataclasses.replace(CONFIG, experts_per_token=CONFIG.num_experts)
+    model = GptOss(config, dtype=jnp.bfloat16, impl="xla", rngs=nnx.Rngs(0))
     contiguous = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(model, tokens))
-    assert np.quantile(errors(run_steps(model, pages(model), tokens), contiguous), 0.9) < 0.05
+    assert errors(run_steps(model, pages(model), tokens), contiguous).max() < 0.1
 
 
 @pytest.mark.parametrize("shape", [(2, 2), pytest.param((1, 6), marks=pytest.mark.slow)], ids=str)

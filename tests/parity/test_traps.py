@@ -97,7 +97,7 @@ def test_window_of_the_release_is_128_keys(tmp_path: Path):
     tokens = case.prompts[:1, :140]
     right = oracle.forward(config, tensors, tokens)
     wrong = oracle.forward(config | {"sliding_window": 129}, tensors, tokens)
-    np.testing.assert_array_equal(wrong[:, :128], right[:, :128])
+    np.testing.assert_allclose(wrong[:, :128], right[:, :128], rtol=0, atol=1e-12)  # float64, sums in another order
     must_differ(logits(gptoss_jax.load(tmp_path / "hf", dtype=jnp.float32), tokens), right, wrong)
 
 
