@@ -32,7 +32,7 @@ from gptoss_jax.convert.source import Parameters
 from gptoss_jax.convert.stored import damage, described
 from gptoss_jax.errors import UserError
 from gptoss_jax.hosts import is_first, together
-from gptoss_jax.model.adapter import Adapter, AdapterSpec, Target, adapter_shapes
+from gptoss_jax.model.adapter import Adapter, AdapterSpec, Target, adapter_shapes, check_leaves
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.transformer import parameter_shapes
 
@@ -68,6 +68,22 @@ def sniff_adapter(path: Path) -> Kind | None:
     return "peft" if (path / peft_config.CONFIG_NAME).is_file() else None
 
 
+def adapter_kind(path: Path) -> Kind:
+    """As `sniff_adapter`, where there has to be one.
+
+    Raises:
+        UserError: there is none.
+    """
+    kind = sniff_adapter(path)
+    if kind is None:
+        found = "has neither" if path.is_dir() else "is no folder"
+        raise UserError(
+            f"{path} {found}; expected an adapter: a folder with {ADAPTER_NAME} (ours) or "
+            f"{peft_config.CONFIG_NAME} (PEFT)"
+        )
+    return kind
+
+
 def load_adapter(path: Path, config: ModelConfig, *, base_digest: str | None = None) -> Adapter:
     """Reads an adapter for a base of these sizes, from our own folder or one of PEFT's, into the host's memory.
 
@@ -79,15 +95,9 @@ def load_adapter(path: Path, config: ModelConfig, *, base_digest: str | None = N
     Raises:
         UserError: no adapter is there, it is damaged, or it was made for another base.
     """
-    match sniff_adapter(path):
-        case "ours":
-            return _Document.read(path).load(config, base_digest=base_digest)
-        case "peft":
-            return read_peft(path, config)
-    found = "has neither" if path.is_dir() else "is no folder"
-    raise UserError(
-        f"{path} {found}; expected an adapter: a folder with {ADAPTER_NAME} (ours) or {peft_config.CONFIG_NAME} (PEFT)"
-    )
+    if adapter_kind(path) == "ours":
+        return _Document.read(path).load(config, base_digest=base_digest)
+    return read_peft(path, config)
 
 
 def base_config(path: Path) -> ModelConfig:
@@ -105,7 +115,8 @@ def save_adapter(path: Path, adapter: Adapter, *, config: ModelConfig, base_dige
     Raises:
         UserError: something is at `path`, its arrays are not those of its spec, or the disk refuses.
     """
-    _check_leaves(adapter, config)
+    check_leaves(adapter, config)
+    _check_dtypes(adapter)
     with together("beginning the adapter"):
         if os.path.lexists(path):
             raise UserError(f"{path} exists; expected a destination that does not: remove it or name another")
@@ -136,17 +147,10 @@ def _cleared(growing: Path) -> Iterator[None]:
         raise
 
 
-def _check_leaves(adapter: Adapter, config: ModelConfig) -> None:
-    shapes = {name: shape for name, (shape, _) in adapter_shapes(config, adapter.spec).items()}
-    for name in sorted(shapes.keys() ^ adapter.leaves.keys()):
-        what = "is missing" if name in shapes else "is one too many"
-        raise UserError(f"adapter array {name} {what}; expected the {len(shapes)} of its targets and layers")
+def _check_dtypes(adapter: Adapter) -> None:
     for name, leaf in adapter.leaves.items():
-        if tuple(leaf.shape) != shapes[name] or leaf.dtype not in _FLOATS:
-            raise UserError(
-                f"adapter array {name} is {leaf.dtype}{list(leaf.shape)}; its spec and base ask for "
-                f"{list(shapes[name])} in {' or '.join(map(str, _FLOATS))}"
-            )
+        if leaf.dtype not in _FLOATS:
+            raise UserError(f"adapter leaf {name} is {leaf.dtype}; expected {' or '.join(map(str, _FLOATS))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

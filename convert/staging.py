@@ -12,17 +12,17 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gptoss_jax.convert.json_file import read_object, write_object
-from gptoss_jax.convert.lock import lock_folder
+from gptoss_jax.convert.lock import claimed_folder
 from gptoss_jax.convert.manifest import SourceTensor, StoredFile
 from gptoss_jax.errors import UserError
-from gptoss_jax.hosts import is_first, together
+from gptoss_jax.hosts import is_first
 
 SUFFIX = ".unfinished"
 _LOCK, _PLAN = "lock", "plan.json"
@@ -35,31 +35,14 @@ class Staging:
         self.path = destination.with_name(destination.name + SUFFIX)
         self.checkpoint = self.path / "checkpoint"
 
-    @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self) -> contextlib.AbstractContextManager[None]:
         """Makes the folder if need be and keeps other conversions out; if nothing was begun in it, it goes again.
 
         Raises:
             UserError: it cannot be made, or another conversion works there.
         """
-        lock: int | None = None
-        with together("making the unfinished folder"):
-            if is_first():
-                lock = self._lock()
-        try:
-            with together("finding the unfinished folder"):
-                if not self.path.is_dir():
-                    raise UserError(
-                        f"process {jax.process_index()} does not see {self.path}, which process 0 has made; "
-                        "name a destination on a disk that all processes share"
-                    )
-            yield
-        finally:
-            if lock is not None:
-                if os.listdir(self.path) == [_LOCK]:
-                    (self.path / _LOCK).unlink()
-                    self.path.rmdir()
-                os.close(lock)
+        way_out = "wait for it, or stop it and run this command again"
+        return claimed_folder(self.path, _LOCK, work="conversion", way_out=way_out)
 
     def plan(self) -> dict[str, Any] | None:
         """What was asked for when it was begun; None before that."""
@@ -96,14 +79,6 @@ class Staging:
             elif path.name not in (_LOCK, _PLAN):
                 path.unlink()
         (self.path / _PLAN).unlink()
-
-    def _lock(self) -> int:
-        return lock_folder(
-            self.path,
-            _LOCK,
-            work="conversion",
-            way_out="wait for it, or stop it and run this command again",
-        )
 
     def _check_same(self, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
         for key, value in plan.items():

@@ -56,7 +56,7 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     if rest and (parsed.command != "train" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        parsed.overrides += rest
+        parsed.overrides = [*parsed.overrides, *rest]
     return parsed
 
 
@@ -294,6 +294,25 @@ def _serve(commands: Commands) -> None:
         help="a trained adapter, ours or PEFT's, which requests choose as the model NAME, by default DIR's last part; "
         "may be given several times",
     )
+    _serve_answers(parser)
+    _serve_clients(parser)
+    server = parser.add_argument_group("the server")
+    server.add_argument("--no-page", dest="page", action="store_false", help="no page at /")
+    server.add_argument(
+        "--shutdown-seconds", type=float, default=30.0, metavar="S", help="for answers to finish; default: %(default)g"
+    )
+    server.add_argument(
+        "--max-body-bytes", type=int, default=8 << 20, metavar="N", help="of a request; default: %(default)s"
+    )
+    server.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
+    )
+    server.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
+    options.engine(parser, max_rows=16)
+    options.processes(parser, shared="the same arguments and the same checkpoint")
+
+
+def _serve_answers(parser: argparse.ArgumentParser) -> None:
     answers = parser.add_argument_group("answers")
     answers.add_argument(
         "--effort", choices=("low", "medium", "high"), default="medium", help="where none is asked for; default: medium"
@@ -313,6 +332,9 @@ def _serve(commands: Commands) -> None:
     answers.add_argument(
         "--lenient-schemas", action="store_true", help="keywords that cannot be enforced are left out, not refused"
     )
+
+
+def _serve_clients(parser: argparse.ArgumentParser) -> None:
     who = parser.add_argument_group(
         "who may ask", "Keys also come from the environment: GPTOSS_JAX_API_KEYS, with commas between them."
     )
@@ -328,20 +350,6 @@ def _serve(commands: Commands) -> None:
         metavar="NAME",
         help="of this server in requests; * any; default: any, or on a loopback address without a key that address",
     )
-    server = parser.add_argument_group("the server")
-    server.add_argument("--no-page", dest="page", action="store_false", help="no page at /")
-    server.add_argument(
-        "--shutdown-seconds", type=float, default=30.0, metavar="S", help="for answers to finish; default: %(default)g"
-    )
-    server.add_argument(
-        "--max-body-bytes", type=int, default=8 << 20, metavar="N", help="of a request; default: %(default)s"
-    )
-    server.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
-    )
-    server.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
-    options.engine(parser, max_rows=16)
-    options.processes(parser, shared="the same arguments and the same checkpoint")
 
 
 def _eval(commands: Commands) -> None:
@@ -400,7 +408,7 @@ def _train(commands: Commands) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="a .toml file, or one of our names: lora-20b, qlora-120b, dpo, …"
     )
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings in place of the file's")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings in place of the file's")
     parser.add_argument("--run", dest="run_folder", metavar="DIR", help="the run's folder; default: runs/ and the name")
     parser.add_argument(
         "--show-data", type=int, metavar="N", help="print N examples, coloured by which tokens count; trains nothing"

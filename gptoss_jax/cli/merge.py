@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptoss_jax.cli import devices
 from gptoss_jax.cli.terminal import progress, table
-from gptoss_jax.convert.adapters import base_config, base_digest, load_adapter, save_adapter, sniff_adapter
+from gptoss_jax.convert.adapters import adapter_kind, base_config, base_digest, load_adapter, save_adapter
 from gptoss_jax.convert.export import Base, open_base
 from gptoss_jax.convert.merge import Report, Survival
 from gptoss_jax.convert.merge import merge as merge_folders
@@ -69,7 +69,7 @@ def export_adapter(options: argparse.Namespace) -> int:
     """`export ADAPTER DST --format peft`: ours, or one of PEFT's made uniform for vLLM."""
     devices.simulate(1)
     source, destination = Path(options.checkpoint), Path(options.destination)
-    if options.base is None and sniff_adapter(source) == "peft":
+    if adapter_kind(source) == "peft" and options.base is None:
         raise UserError(f"{source} is a PEFT adapter, which does not say the sizes of its base: name it with --base")
     base = None if options.base is None else open_base(Path(options.base))
     config = base_config(source) if base is None else base.config

@@ -159,7 +159,7 @@ def with_adapters(model: GptOss, adapters: Sequence[Adapter], *, merged: bool = 
         UserError: as `attach`; or a leaf is missing, or has another shape than the model asks for.
     """
     for adapter in adapters:
-        _check(adapter, model.config)
+        check_leaves(adapter, model.config)
     specs = [adapter.spec for adapter in adapters]
     model = attach(model, specs, merged=merged)
     placement = place_model(model.config, model.mesh)
@@ -225,7 +225,12 @@ def _in_a_row(name: str, adapters: Sequence[Adapter], axes: Axes) -> np.ndarray:
     return np.concatenate(scaled, axis=axes.index("rank"))
 
 
-def _check(adapter: Adapter, config: ModelConfig) -> None:
+def check_leaves(adapter: Adapter, config: ModelConfig) -> None:
+    """That they are those of its spec, in the shapes of this model.
+
+    Raises:
+        UserError: one is missing, too many, or of another shape.
+    """
     shapes = adapter_shapes(config, adapter.spec)
     for name, (shape, _) in shapes.items():
         if name not in adapter.leaves:

@@ -17,9 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from gptoss_jax.convert.lock import lock_folder
+from gptoss_jax.convert.lock import claimed_folder
 from gptoss_jax.errors import UserError
 from gptoss_jax.hosts import agree, barrier, is_first, together
 from gptoss_jax.train import toml
@@ -47,26 +45,15 @@ class RunFolder:
         Raises:
             UserError: another process trains there, it holds something else, or the configuration has changed.
         """
-        lock: int | None = None
-        with together("claiming the run folder"):
-            if is_first():
-                lock = self._lock()
-        try:
-            with together("finding the run folder"):
-                if not self.path.is_dir():
-                    raise UserError(
-                        f"process {jax.process_index()} does not see {self.path}, which process 0 has made; "
-                        "name a folder on a disk that all processes share"
-                    )
+        way_out = "wait for it, stop it, or name another folder"
+        with claimed_folder(self.path, _LOCK, parents=True, work="training run", way_out=way_out):
+            with together("looking into the run folder"):
                 self._check(config)
             agree("the configuration", toml.write(config))
             if is_first():
                 _write(self.path / CONFIG_NAME, toml.write(config))
             barrier("configured")
             yield
-        finally:
-            if lock is not None:
-                os.close(lock)
 
     def check_base(self, digest: str) -> None:
         """Remembers which model the run goes on from: a path alone does not say that it still is the same.
@@ -113,11 +100,6 @@ class RunFolder:
             raise UserError(
                 f"{self.path} was begun with {_listed(changed)}: repeat that to go on with it, or name another folder"
             )
-
-    def _lock(self) -> int:
-        return lock_folder(
-            self.path, _LOCK, parents=True, work="training run", way_out="wait for it, stop it, or name another folder"
-        )
 
 
 def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
