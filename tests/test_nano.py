@@ -122,6 +122,7 @@ def first_words(model: GptOss, lesson: Lesson, setting: Setting) -> tuple[Messag
 # ---- where it is the default -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chat_has_it(capsys: pytest.CaptureFixture[str]):
     question = ("--prompt", "What is 347 + 285?", "--temperature", "0")
     assert main(["chat", *question, "--max-context", "512", "--cache-tokens", "512"]) == 0

@@ -259,6 +259,7 @@ def events() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_listener(listen)
 
 
+@pytest.mark.slow
 def test_an_engine_starts_from_programs_on_disk(events: list[str]):
     config = dataclasses.replace(TINY, layer_kinds=alternating_layers(1))
     model = GptOss(config, dtype=jnp.float32, experts="bf16", impl="xla", rngs=nnx.Rngs(0))

@@ -210,6 +210,7 @@ def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_engines_are_timed_and_compared(tmp_path: Path) -> None:
     small = ["--model", "tiny", "--layers", "2", "--tokens", "3", "--prompt-tokens", "33", "--rounds", "1"]
     where = ["--buffer-bytes", "8000000", "--dir", tmp_path, "--out", tmp_path / "result.json"]

@@ -36,6 +36,7 @@ def result_of(name: str, tmp_path: Path, *arguments: str | Path) -> dict[str, An
     return result
 
 
+@pytest.mark.slow
 def test_conversion(tmp_path: Path) -> None:
     arguments = ["--model", "tiny", "--layers", "1", "--rounds", "1", "--cache", "cold", "--mesh", "expert=4"]
     result = result_of("conversion", tmp_path, *arguments)
@@ -55,6 +56,7 @@ def test_conversion(tmp_path: Path) -> None:
     assert convert["share_of_ceiling"] == pytest.approx(convert["bytes_per_second"] / fastest)
 
 
+@pytest.mark.slow
 def test_cpu_generate(tmp_path: Path) -> None:
     arguments = ["--model", "tiny", "--layers", "2", "--tokens", "5", "--buffer-bytes", "8000000"]
     result = result_of("cpu_generate", tmp_path, *arguments)
@@ -74,6 +76,7 @@ def test_cpu_generate(tmp_path: Path) -> None:
     assert result["share_of_roof"] == pytest.approx(result["tokens_per_second"] / roof)
 
 
+@pytest.mark.slow
 def test_startup(tmp_path: Path) -> None:
     result = result_of("startup", tmp_path, "--runs", "1")
     beside = {entry["command"]: entry["beside"] for entry in result["commands"]}

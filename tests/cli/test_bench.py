@@ -11,6 +11,7 @@ from gptoss_jax.kernels.choose import choose
 SMALL = "--model tiny --layers 2 --rows 3 --context 20 --prompt 12 --seconds 0.01 --buffer-bytes 65536 --matrix-size 64"
 
 
+@pytest.mark.slow
 def test_everything_is_measured_beside_its_roof(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "new" / "result.json"
     assert main(["bench", *SMALL.split(), "--out", str(out)]) == 0
@@ -32,6 +33,7 @@ def test_everything_is_measured_beside_its_roof(tmp_path: Path, capsys: pytest.C
     assert {entry["op"] for entry in result["kernels"]} == {"attention", "linear", "moe_matmul"}
 
 
+@pytest.mark.slow
 def test_tuning_files_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["--impl", "moe_matmul=gpu-interpret", "--tune", "--trials", "2", "--tuned-folder", str(tmp_path)]
     assert main(["bench", "kernels", *SMALL.split(), "--rows", "1", *words, "--json"]) == 0

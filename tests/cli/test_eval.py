@@ -95,6 +95,7 @@ def test_numbers_are_the_oracles(
         assert document["choices"][f"accuracy{rule}"] == {"value": float(chosen == ANSWER), "standard_error": None}
 
 
+@pytest.mark.slow
 def test_a_file_is_scored_by_a_process_of_its_own_on_a_mesh(tiny_hf: Path, tmp_path: Path):
     """With tables for people; windows of 8 ids score as many as one, behind less context."""
     path = write(tmp_path / "lines.jsonl", *LINES, *LINES)
@@ -116,6 +117,7 @@ def test_a_file_is_scored_by_a_process_of_its_own_on_a_mesh(tiny_hf: Path, tmp_p
         assert {**one, "line": 0} == {**again, "line": 0}  # the same bits, in other company
 
 
+@pytest.mark.slow
 def test_accuracy_has_a_standard_error_and_long_texts_have_windows(
     tiny_hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -4,6 +4,7 @@ import argparse
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -88,6 +89,15 @@ def test_the_peak_of_a_cpu_is_not_known():
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_a_terminal() -> Iterator[None]:
+    """Ctrl-C does what it does in a terminal, also in a shell's background job, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 def test_the_first_signal_asks_and_the_second_interrupts(capsys: pytest.CaptureFixture[str]):
     with _Stop() as stop:
         stop.listen()

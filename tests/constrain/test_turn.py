@@ -238,6 +238,7 @@ def test_blindly_chosen_turns_call_whom_they_have_to(grammars, tokenizer, person
 # The real vocabulary
 
 
+@pytest.mark.slow
 def test_the_judge_of_the_format_reads_blindly_chosen_turns_as_we_do(o200k, o200k_grammars, harmony):
     rng = np.random.default_rng(6)
     make = o200k_grammars.turn(final=o200k_grammars.json_schema(SCHEMAS["deep"]))

@@ -350,7 +350,7 @@ def test_on_eight_devices(model: GptOss, axes: dict[str, int]):
 @pytest.mark.parametrize(
     "impl",
     [
-        "xla",
+        pytest.param("xla", marks=pytest.mark.slow),
         pytest.param(
             "moe_matmul=cpu-invariant",
             marks=pytest.mark.skipif(not native.available(), reason="kernels for CPUs are not compiled"),

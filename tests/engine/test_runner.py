@@ -148,6 +148,7 @@ def all_at_once(hand: Hand, prompts: list[list[int]]) -> list[Scheduled]:
     return running
 
 
+@pytest.mark.slow
 def test_many_sequences_at_once_give_what_generate_gives(runner, prompts, expected):
     found = all_at_once(Hand(runner), prompts)
     assert [generated(sequence) for sequence in found] == expected

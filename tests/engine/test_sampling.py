@@ -141,7 +141,7 @@ def test_a_row_is_drawn_alike_alone_and_in_any_company():
             assert found.logprobs[place] == alone.logprobs[0]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, *(pytest.param(other, marks=pytest.mark.slow) for other in (1.0, 2.0))])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
     [(0, 1.0, 0.0), (4, 1.0, 0.0), (0, 0.7, 0.0), (6, 0.5, 0.0), (3, 0.9, 0.0), (1000, 0.999, 0.0), (0, 1.0, 0.3)],

@@ -82,6 +82,7 @@ def test_scores_are_the_oracles(tiny_hf: Path):
         assert found.total == pytest.approx(expected.sum(), abs=WITHIN * len(ids))
 
 
+@pytest.mark.slow
 def test_the_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary():
     model = make(jnp.bfloat16)
     weight = parameters(model)["unembedding.weight"]
@@ -92,6 +93,7 @@ def test_the_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary():
     assert not found.is_greedy
 
 
+@pytest.mark.slow
 def test_what_the_model_says_itself_is_greedy(model: GptOss):
     greedy = SamplingParams(temperature=0)
     said = generate(model, [3, 4], max_new_tokens=5, sampling=greedy, stop_ids=())

@@ -125,6 +125,9 @@ RAGGED = [
     ([37, 0, 8, 15], [5, 1, 0, 4], 5),
     ([0, 41, 15, 16, 9], [1, 1, 1, 1, 0], 1),
 ]
+EVERY_RAGGED = pytest.mark.parametrize(
+    ("first", "count", "num_queries"), [RAGGED[0], pytest.param(*RAGGED[1], marks=pytest.mark.slow), RAGGED[2]], ids=str
+)
 IMPLEMENTATIONS = pytest.mark.parametrize("impl", implementations("attention", platform="cpu"))
 
 
@@ -141,14 +144,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("window", [None, 1, 9, 40])
-@pytest.mark.parametrize(("first", "count", "num_queries"), RAGGED, ids=str)
+@EVERY_RAGGED
 @pytest.mark.parametrize("page_size", [4, *(pytest.param(size, marks=pytest.mark.slow) for size in (8, 16))])
 def test_the_reference_agrees_with_the_oracle(page_size: int, first, count, num_queries: int, window):
     Case(first, count, num_queries, page_size=page_size, window=window).check()
 
 
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize(("first", "count", "num_queries"), RAGGED, ids=str)
+@EVERY_RAGGED
 @IMPLEMENTATIONS
 def test_every_implementation_agrees_with_the_oracle(impl: str, first, count, num_queries: int, window):
     Case(first, count, num_queries, page_size=16, window=window).check(impl=impl)

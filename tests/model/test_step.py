@@ -53,7 +53,7 @@ def compiled(shape: MeshShape, *, num_tokens: int, dispatch: Way) -> list[Collec
     ("shape", "num_tokens"),
     [
         (MeshShape(1, 4, 2), 1),
-        (MeshShape(2, 1, 3), 1),  # 352 ids are padded to 354, 4 key heads to 6
+        pytest.param(MeshShape(2, 1, 3), 1, marks=slow),  # 352 ids are padded to 354, 4 key heads to 6
         pytest.param(MeshShape(1, 1, 6), 11, marks=slow),
         pytest.param(MeshShape(1, 1, 8), 1, marks=slow),
         pytest.param(MeshShape(2, 2, 2), 11, marks=slow),

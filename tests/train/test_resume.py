@@ -37,7 +37,7 @@ def random_moments(number: int) -> list[float]:
     return [round(source.randrange(1, STEPS - 6) + source.uniform(0, 0.1), 3) for _ in range(number)]
 
 
-MOMENTS = [*random_moments(3), *(pytest.param(moment, marks=pytest.mark.slow) for moment in random_moments(17))]
+MOMENTS = [*random_moments(1), *(pytest.param(moment, marks=pytest.mark.slow) for moment in random_moments(19))]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

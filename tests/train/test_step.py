@@ -123,6 +123,7 @@ def test_what_is_computed_anew_is_the_same(steps: Steps, remat: str):
     assert_same(gradients, by_layer)
 
 
+@pytest.mark.slow
 def test_an_embedding_in_the_hosts_memory_gives_the_same(steps: Steps):
     there = Steps(embedding="host")
     assert there.base.embedding.weight[...].sharding.memory_kind == "pinned_host"
