@@ -1,10 +1,10 @@
 """What an engine may hold and which steps it compiles. Knows sizes; knows no arrays and no requests.
 
 A step is a program of fixed shape, and all programs are compiled before the first request. So they are few: rows that
-decode in powers of two, past eight of four, and beside all rows a prompt's long chunk, a short one, or many short ones.
+decode in powers of two, past eight of four, and beside all rows a prompt's chunk of three lengths, or many short ones.
 
-    max_rows=8, prefill_tokens=512      decode     [1, 1]  [2, 1]  [4, 1]  [8, 1]   [8, 1]     [8, 1]    [8, 1]
-                                        prefill                                     [1, 512]   [1, 64]   [8, 64]
+    max_rows=8, prefill_tokens=512      decode    [1, 1]  [2, 1]  [4, 1]  [8, 1]  [8, 1]    [8, 1]    [8, 1]   [8, 1]
+                                        prefill                                   [1, 512]  [1, 128]  [1, 64]  [8, 64]
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from gptoss_jax.errors import UserError
 from gptoss_jax.model.config import ModelConfig
 
 _TOKENS_PER_ROW = 4096  # of the cache, where nothing is said
-_SHORT = 8  # a short chunk is this part of a long one
+_SHORT, _MIDDLE = 8, 4  # such parts of a long chunk: one message is padded to 64 or 128 tokens, not to 512
 _FEW_ROWS = (1, 2, 4, 8)  # steps that decode so many are compiled, then powers of four
 
 
@@ -94,7 +94,7 @@ class EngineSettings:
         short = max(tokens // _SHORT, 1)
         powers = (*_FEW_ROWS, *(4**power for power in range(2, rows.bit_length())))
         decode = sorted({min(some, rows) for some in powers})
-        prefill = sorted({(1, short), (min(rows, _SHORT), short), (1, tokens)})
+        prefill = sorted({(1, short), (min(rows, _SHORT), short), (1, max(tokens // _MIDDLE, 1)), (1, tokens)})
         return (
             *(Program(some, width, 0, 0) for some in decode),
             *(Program(rows, width, *shape) for shape in prefill),

@@ -15,12 +15,14 @@ def test_the_programs_are_few_and_hold_every_row():
         Program(4, 1, 0, 0),
         Program(8, 1, 0, 0),
         Program(8, 1, 1, 64),
+        Program(8, 1, 1, 128),
         Program(8, 1, 1, 512),
         Program(8, 1, 8, 64),
     )
     assert EngineSettings(max_rows=1, draft_tokens=3, prefill_tokens=16).programs() == (
         Program(1, 4, 0, 0),
         Program(1, 4, 1, 2),
+        Program(1, 4, 1, 4),
         Program(1, 4, 1, 16),
     )
     assert EngineSettings(batch_invariant=True).programs() == (Program(8, 1, 0, 0), Program(0, 0, 1, 512))
@@ -33,7 +35,7 @@ def test_any_size_makes_limits(max_rows: int, prefill_tokens: int):
     settings = EngineSettings(max_rows=max_rows, prefill_tokens=prefill_tokens)
     limits = settings.limits(TINY)
     programs = limits.programs
-    assert len(set(programs)) == len(programs) <= 10
+    assert len(set(programs)) == len(programs) <= 11
     assert limits.max_context == min(TINY.max_context, 4096 * max_rows)
 
 
