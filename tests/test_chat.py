@@ -204,6 +204,12 @@ def test_tools_are_run_until_the_model_answers(table):
     assert answer.usage.cached_tokens >= 2 * len(requests[0].prompt) - len(laid.ids("assistant"))
 
 
+def test_every_round_asks_for_the_adapter_and_the_priority(table):
+    laid = table(THOUGHT + call("functions.weather", '{"city": "Oslo"}'), FINAL)
+    laid.events(tools=(weather,), settings=dataclasses.replace(SETTINGS, adapter="poems", priority=3))
+    assert [(request.adapter, request.priority) for request in laid.engine.requests] == [("poems", 3)] * 2
+
+
 def test_the_model_reads_the_result_and_its_own_reasoning(table):
     laid = table(THOUGHT + call("functions.weather", '{"city": "Oslo"}'), FINAL)
     events = laid.events(tools=(weather,))

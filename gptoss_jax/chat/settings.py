@@ -43,6 +43,7 @@ class TurnSettings:
         max_rounds: requests to the engine; the tools called in the last one are not run.
         tool_timeout_s: after which a tool has failed.
         priority: see Request.
+        adapter: see Request.
     """
 
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
@@ -55,6 +56,7 @@ class TurnSettings:
     max_rounds: int = 16
     tool_timeout_s: float = 300.0
     priority: int = 0
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("max_new_tokens", self.max_new_tokens), ("max_rounds", self.max_rounds)):

@@ -116,6 +116,7 @@ class Chat:
             sampling=turn.sampling,
             stop_ids=self._stop_ids,
             priority=turn.settings.priority,
+            adapter=turn.settings.adapter,
             constraint=self._constraint(turn),
         )
 
