@@ -42,36 +42,58 @@ GPTOSS_INLINE __m256 widen(__m128i bfloat16) {
 template <Packing kPacking>
 struct Dot;
 
-// 32 bytes are 8 words of 8 codes. Lane i of plane j is input 8 i + j, and a block is four lanes of each plane.
+// The values of 32 codes, each alone in a byte. bfloat16 holds them: their upper bytes are looked up, and their lower
+// ones, which makes pairs of words; the first of a pair goes to an even place of `to`, the second to the odd one behind
+// it. Codes 0 to 7 of each half of the register are in to[0] and to[1], the others in to[2] and to[3].
+GPTOSS_INLINE void values_of_bytes(__m256i codes, __m256* to) {
+  const __m256i uppers = _mm256_broadcastsi128_si256(
+      _mm_set_epi32(0xC0C0C0C0, 0xBFBFBF80, 0x40404040, 0x3F3F3F00));
+  const __m256i lowers = _mm256_broadcastsi128_si256(
+      _mm_set_epi32(0xC0804000, 0xC0800000, 0xC0804000, 0xC0800000));
+  const __m256i upper = _mm256_shuffle_epi8(uppers, codes), lower = _mm256_shuffle_epi8(lowers, codes);
+  const __m256i words[2] = {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
+  for (int i = 0; i < 2; ++i) {
+    to[2 * i] = _mm256_castsi256_ps(_mm256_slli_epi32(words[i], 16));
+    to[2 * i + 1] = _mm256_castsi256_ps(_mm256_and_si256(words[i], _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  }
+}
+
+// 32 bytes are two blocks of 32 codes, and a block is a half of each register: four lanes of each of the 8 planes, of
+// which the first four are of the codes in the lower halves of bytes.
 template <>
 struct Dot<Packing::kMxfp4> : Sums {
   struct Weights {
-    __m256i codes;
+    __m256 planes[8];
     __m256 scale;
   };
 
   static constexpr int64_t kInputs = 64;
-  static constexpr int64_t input_of(int64_t i) { return i % 8 * 8 + i / 8; }
+  static constexpr int outputs_together(int) { return 1; }
+  static constexpr int64_t input_of(int64_t i) {
+    const int64_t plane = i / 8, block = i % 8 / 4, word = i % 4;
+    const int64_t byte = plane / 2 % 2 * 8 + 2 * word + plane % 2;
+    return 32 * block + 2 * byte + plane / 4;
+  }
 
-  static GPTOSS_INLINE __m256 two_scales(uint8_t first, uint8_t second) {
-    return _mm256_set_m128(_mm_set1_ps(mxfp4_scale(second)), _mm_set1_ps(mxfp4_scale(first)));
+  static GPTOSS_INLINE Weights decoded(__m256i codes, uint8_t first, uint8_t second) {
+    Weights weights;
+    const __m256i nibble = _mm256_set1_epi8(15);
+    values_of_bytes(_mm256_and_si256(codes, nibble), weights.planes);
+    values_of_bytes(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), weights.planes + 4);
+    weights.scale = _mm256_set_m128(_mm_set1_ps(mxfp4_scale(second)), _mm_set1_ps(mxfp4_scale(first)));
+    return weights;
   }
   static GPTOSS_INLINE Weights load(const Row& row, int64_t step) {
     const uint8_t* scales = row.scales + 2 * step;
-    const __m256i* codes = reinterpret_cast<const __m256i*>(row.values) + step;
-    return {_mm256_loadu_si256(codes), two_scales(scales[0], scales[1])};
+    return decoded(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.values) + step), scales[0], scales[1]);
   }
   static GPTOSS_INLINE Weights load_tail(const Row& row, int64_t step, int64_t) {  // one block
     const __m128i* codes = reinterpret_cast<const __m128i*>(row.values + step * 32);
-    return {_mm256_zextsi128_si256(_mm_loadu_si128(codes)), two_scales(row.scales[2 * step], 127)};
+    return decoded(_mm256_zextsi128_si256(_mm_loadu_si128(codes)), row.scales[2 * step], 127);
   }
   static GPTOSS_INLINE Sum add(Sum sum, const Weights& weights, const float* x) {
-    const __m256 magnitudes = _mm256_loadu_ps(kMxfp4Values);
-    __m256 product = _mm256_setzero_ps();
-    for (int j = 0; j < 8; ++j) {
-      const __m256 w = values_of(_mm256_srli_epi32(weights.codes, 4 * j), magnitudes);
-      product = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + 8 * j), product);
-    }
+    __m256 product = _mm256_mul_ps(weights.planes[0], _mm256_loadu_ps(x));
+    for (int j = 1; j < 8; ++j) product = _mm256_fmadd_ps(weights.planes[j], _mm256_loadu_ps(x + 8 * j), product);
     return _mm256_fmadd_ps(weights.scale, product, sum);
   }
 };

@@ -14,7 +14,7 @@ GPTOSS_TARGET_BEGIN("avx2,fma")
 
 namespace gptoss {
 namespace {
-constexpr Form kForm = {"avx2", few_in_float32<Dot>, many_in_float32<Core>, many_from_rows<7>};
+constexpr Form kForm = {"avx2", few_in_float32<Dot>, many_in_float32<Core>, many_from_rows<17>};
 }
 const Form* const kAvx2Form = &kForm;
 }  // namespace gptoss
