@@ -44,9 +44,10 @@ def claimed_folder(path: Path, name: str, *, parents: bool = False, work: str, w
         yield
     finally:
         if lock is not None:
-            if os.listdir(path) == [name]:
-                (path / name).unlink()
-                path.rmdir()
+            with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+                if os.listdir(path) == [name]:
+                    (path / name).unlink()
+                    path.rmdir()
             os.close(lock)
 
 

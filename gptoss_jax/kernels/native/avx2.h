@@ -42,14 +42,13 @@ GPTOSS_INLINE __m256 widen(__m128i bfloat16) {
 template <Packing kPacking>
 struct Dot;
 
-// The values of 32 codes, each alone in a byte. bfloat16 holds them: their upper bytes are looked up, and their lower
-// ones, which makes pairs of words; the first of a pair goes to an even place of `to`, the second to the odd one behind
-// it. Codes 0 to 7 of each half of the register are in to[0] and to[1], the others in to[2] and to[3].
+// The values of 32 codes, each alone in a byte. bfloat16 holds 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives: the upper
+// bytes are looked up, and the lower ones, which makes pairs of words; the first of a pair goes to an even place of
+// `to`, the second to the odd one behind it. Codes 0 to 7 of each half of the register are in to[0] and to[1], the
+// others in to[2] and to[3].
 GPTOSS_INLINE void values_of_bytes(__m256i codes, __m256* to) {
-  const __m256i uppers = _mm256_broadcastsi128_si256(
-      _mm_set_epi32(0xC0C0C0C0, 0xBFBFBF80, 0x40404040, 0x3F3F3F00));
-  const __m256i lowers = _mm256_broadcastsi128_si256(
-      _mm_set_epi32(0xC0804000, 0xC0800000, 0xC0804000, 0xC0800000));
+  const __m256i uppers = _mm256_broadcastsi128_si256(_mm_set_epi32(0xC0C0C0C0, 0xBFBFBF80, 0x40404040, 0x3F3F3F00));
+  const __m256i lowers = _mm256_broadcastsi128_si256(_mm_set_epi32(0xC0804000, 0xC0800000, 0xC0804000, 0xC0800000));
   const __m256i upper = _mm256_shuffle_epi8(uppers, codes), lower = _mm256_shuffle_epi8(lowers, codes);
   const __m256i words[2] = {_mm256_unpacklo_epi8(lower, upper), _mm256_unpackhi_epi8(lower, upper)};
   for (int i = 0; i < 2; ++i) {
