@@ -64,7 +64,6 @@ def files_of_the_package() -> set[str]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler: {COMPILER}")
 def test_the_wheel_holds_every_file_of_the_package_and_its_kernels_and_nothing_else(tree: Path) -> None:
     wheel = build(tree, "wheel")
