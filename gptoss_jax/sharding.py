@@ -89,6 +89,12 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def abstract_mesh(shape: MeshShape) -> AbstractMesh:
+    """A mesh of so many devices, none of which has to be there."""
+    # Newer versions of jax call axes that nobody names a type for explicit: then each array says where it lies.
+    return AbstractMesh((shape.data, shape.expert, shape.tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def partition(axes: Axes) -> P:
     """The mesh axis for each logical axis.
 

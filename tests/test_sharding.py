@@ -8,7 +8,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.errors import UserError
-from gptoss_jax.sharding import MESH_AXES, RULES, MeshShape, constrain, make_mesh, partition, place, row_axis
+from gptoss_jax.sharding import (
+    MESH_AXES,
+    RULES,
+    MeshShape,
+    abstract_mesh,
+    constrain,
+    make_mesh,
+    partition,
+    place,
+    row_axis,
+)
 
 shapes = st.builds(MeshShape, st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**6))
 
@@ -70,6 +80,12 @@ def test_a_mesh_has_the_first_devices_in_order():
     assert mesh.axis_names == MESH_AXES
     assert dict(mesh.shape) == {"data": 1, "expert": 3, "tensor": 2}
     assert mesh.devices.ravel().tolist() == jax.devices()[:6]
+
+
+def test_a_mesh_without_devices_is_of_the_same_kind():
+    """Sharding is the compiler's there too: jax, left to itself, takes other axis types for it from 0.12 on."""
+    mesh, without = make_mesh(expert=3, tensor=2), abstract_mesh(MeshShape(expert=3, tensor=2))
+    assert (without.shape, without.axis_types) == (mesh.shape, mesh.axis_types)
 
 
 def test_a_mesh_larger_than_the_machine_names_both_numbers():

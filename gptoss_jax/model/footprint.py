@@ -11,14 +11,13 @@ import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from gptoss_jax.model.config import ModelConfig
 from gptoss_jax.model.layers import Dense, Memory, check_dense
 from gptoss_jax.model.placement import place_model
 from gptoss_jax.model.transformer import Experts, released
-from gptoss_jax.sharding import MESH_AXES, Axes, MeshShape, Placement, partition
+from gptoss_jax.sharding import Axes, MeshShape, Placement, abstract_mesh, partition
 
 GROUPS: tuple[str, ...] = ("embedding", "attention", "router", "experts", "norms", "unembedding")
 
@@ -159,7 +158,7 @@ def _shard(size: tuple[int, ...], axes: Axes, config: ModelConfig, shape: MeshSh
 
 @functools.cache
 def _placement(config: ModelConfig, shape: MeshShape) -> Placement:
-    return place_model(config, AbstractMesh((shape.data, shape.expert, shape.tensor), MESH_AXES))
+    return place_model(config, abstract_mesh(shape))
 
 
 def group(path: str) -> str:

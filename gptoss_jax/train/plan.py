@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding, Sharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.attention.xla import SCORES_AT_ONCE
@@ -25,7 +25,7 @@ from gptoss_jax.model.dispatch import Load
 from gptoss_jax.model.footprint import GROUPS, entry_bytes, group, kv_heads_here, rows_here, shard_size
 from gptoss_jax.model.placement import place_model
 from gptoss_jax.model.transformer import Experts, GptOss, abstract_model, released
-from gptoss_jax.sharding import MESH_AXES, AnyMesh, row_axis
+from gptoss_jax.sharding import AnyMesh, abstract_mesh, row_axis
 from gptoss_jax.train.batch import Batch
 from gptoss_jax.train.config import TrainConfig
 from gptoss_jax.train.leaves import Trained, master_sharding, trained_shapes
@@ -100,8 +100,7 @@ def step_memory(config: TrainConfig, sizes: ModelConfig, experts: Experts) -> St
     Raises:
         UserError: the model cannot be cut so, or the method does not go with it.
     """
-    shape = config.mesh.shape
-    mesh = AbstractMesh((shape.data, shape.expert, shape.tensor), MESH_AXES)
+    mesh = abstract_mesh(config.mesh.shape)
     chosen = method(config)
     _check(config, sizes, experts, mesh)
     shapes = trained_shapes(sizes, experts, chosen)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AbstractMesh
 
 from gptoss_jax.errors import UserError
 from gptoss_jax.model.placement import fit_heads, place_model
-from gptoss_jax.sharding import MESH_AXES, Fit, Placement, make_mesh
+from gptoss_jax.sharding import Fit, MeshShape, Placement, abstract_mesh, make_mesh
 from tests.tiny import TINY
 
 
@@ -70,7 +69,7 @@ def test_more_devices_than_heads_are_refused():
 @pytest.mark.parametrize("tensor", range(1, 17))
 def test_the_expert_width_of_the_release_is_cut_between_blocks(tensor: int):
     blocks = math.ceil(90 / tensor)
-    mesh = AbstractMesh((1, 1, tensor), MESH_AXES)
+    mesh = abstract_mesh(MeshShape(tensor=tensor))
     fits = place_model(dataclasses.replace(TINY, expert_width=2880, num_heads=64, num_kv_heads=8), mesh).fits
     assert fits["expert_width_blocks"] == Fit(90, blocks * tensor)
     assert fits["expert_width"] == Fit(2880, 32 * blocks * tensor)
