@@ -1,6 +1,8 @@
 """What every test stands on: eight simulated CPU devices, shapes checked at each call, checkpoints and vocabularies."""
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import lzma
 import os
 from collections.abc import Iterator
@@ -12,6 +14,27 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # commands would keep programs in the home of whoever tests
+
+
+def _quick_to_compile() -> str:
+    """Settings with which XLA compiles for a CPU in a quarter of the time, which is most of what the tests take.
+
+    They optimise less and sum in another order, as another processor does. With XLA_FLAGS empty the tests run what users
+    run, as tests/cli/test_flow.py does always. The settings are for all compilers of a process, so where there are
+    those of GPUs and TPUs, whose programs' memory is tested, there are none.
+    """
+    if any(importlib.util.find_spec(other) for other in ("libtpu", "jax_cuda13_plugin", "jax_rocm7_plugin")):
+        return ""
+    flags = ["--xla_backend_optimization_level=0"]
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (
+        0,
+        11,
+    ):  # a flag unknown ends the process
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return " ".join(flags)
+
+
+os.environ.setdefault("XLA_FLAGS", _quick_to_compile())
 
 import hypothesis
 import jax
