@@ -1,7 +1,6 @@
 """What every test stands on: eight simulated CPU devices, shapes checked at each call, checkpoints and vocabularies."""
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import lzma
 import os
@@ -15,32 +14,29 @@ os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # commands would keep programs in the home of whoever tests
 
+import hypothesis
+import jax
+import jaxlib.version
+import jaxtyping
+import pytest
+
 
 def _quick_to_compile() -> str:
     """Settings with which XLA compiles for a CPU in a quarter of the time, which is most of what the tests take.
 
-    They optimise less and sum in another order, as another processor does. With XLA_FLAGS empty the tests run what users
-    run, as tests/cli/test_flow.py does always. The settings are for all compilers of a process, so where there are
-    those of GPUs and TPUs, whose programs' memory is tested, there are none.
+    They optimise less and sum in another order, as another processor does. With XLA_FLAGS empty the tests run what
+    users run, as tests/cli/test_flow.py does always. The settings are for all compilers of a process, so there are none
+    beside those of GPUs and TPUs, whose programs' memory is tested.
     """
     if any(importlib.util.find_spec(other) for other in ("libtpu", "jax_cuda13_plugin", "jax_rocm7_plugin")):
         return ""
     flags = ["--xla_backend_optimization_level=0"]
-    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (
-        0,
-        11,
-    ):  # a flag unknown ends the process
+    if jaxlib.version.__version_info__ < (0, 11):  # a flag that XLA does not know ends the process
         flags.append("--xla_cpu_use_fusion_emitters=false")
     return " ".join(flags)
 
 
 os.environ.setdefault("XLA_FLAGS", _quick_to_compile())
-
-import hypothesis
-import jax
-import jaxtyping
-import pytest
-
 jax.config.update("jax_num_cpu_devices", 8)  # here and not in the environment: commands that a test starts choose anew
 
 # Annotations are enforced in every module of ours, so this must come before the first of them is imported.
