@@ -22,15 +22,15 @@ def seconds_inside(
     """The median time of one step among rounds of many, which the device repeats by itself: no launch is in it.
 
     Each step must depend on the carry of the one before, or the compiler would make it once. `budget` is in seconds,
-    for all rounds together.
+    for all rounds together; a step that takes longer is timed once.
     """
-    guess = _round(step, carry, operands, _FIRST_GUESS) / _FIRST_GUESS
+    guess = _rounds(step, carry, operands, 1, rounds=1)[0]
+    if guess > budget:  # once is all that there is time for
+        return guess
+    if guess < budget / _FIRST_GUESS:  # else a launch is nothing beside the step
+        guess = min(_rounds(step, carry, operands, _FIRST_GUESS, rounds=2)) / _FIRST_GUESS
     repeats = max(1, min(_MOST_REPEATS, int(budget / ROUNDS / max(guess, 1e-9))))
     return statistics.median(_rounds(step, carry, operands, repeats)) / repeats
-
-
-def _round(step: Callable[..., Carry], carry: Carry, operands: Any, repeats: int) -> float:
-    return min(_rounds(step, carry, operands, repeats, rounds=2))
 
 
 def _rounds(

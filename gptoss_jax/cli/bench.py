@@ -28,6 +28,7 @@ from gptoss_jax.sharding import MeshShape, make_mesh
 
 _STANDARD = ("kernels", "decode", "prefill")
 _PARTS = (*_STANDARD, *bench_engine.PARTS)
+_MATRIX_SIZE, _CPU_MATRIX_SIZE = 8192, 2048  # few cores are full with less, and XLA's bfloat16 takes a minute for 8192
 _PROMPT, _REQUEST_PROMPT = 2048, 256  # tokens, where nothing is said: of a prompt alone, and of a request's
 
 
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     _say(f"{result['device']['kind']}: measuring its memory and arithmetic")
     ceilings = measure_ceilings(
         buffer_bytes=options.buffer_bytes,
-        matrix_size=options.matrix_size,
+        matrix_size=options.matrix_size or (_CPU_MATRIX_SIZE if platform_of(None) == "cpu" else _MATRIX_SIZE),
         dtype=options.dtype,
         budget=options.seconds,
     )
@@ -84,8 +85,9 @@ def _check(options: argparse.Namespace) -> Sequence[str]:
     if options.tune and "kernels" not in parts:
         raise UserError("--tune looks for block sizes of kernels, which are not measured: add `kernels`")
     for name in ("context", "prompt", "seconds", "buffer_bytes", "matrix_size", "trials"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected more than 0")
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
     if options.tuned_folder is not None and not options.tuned_folder.is_dir():
         raise UserError(f"--tuned-folder {options.tuned_folder} is no folder; create it, or name another")
     if options.plot is not None:

@@ -504,9 +504,7 @@ def _bench(commands: Commands) -> None:
     parser.add_argument(
         "--buffer-bytes", type=int, default=1 << 30, metavar="N", help="for the bandwidth; default: %(default)s"
     )
-    parser.add_argument(
-        "--matrix-size", type=int, default=8192, metavar="N", help="for the arithmetic; default: %(default)s"
-    )
+    parser.add_argument("--matrix-size", type=int, metavar="N", help="for the arithmetic; default: 8192, on CPUs 2048")
     parser.add_argument("--tune", action="store_true", help="look for the best block sizes first, and file them")
     parser.add_argument(
         "--trials", type=int, default=100, metavar="N", help="sizes to try at most; default: %(default)s"
