@@ -28,7 +28,7 @@ from gptoss_jax.sharding import MeshShape, make_mesh
 
 _STANDARD = ("kernels", "decode", "prefill")
 _PARTS = (*_STANDARD, *bench_engine.PARTS)
-_MATRIX_SIZE, _CPU_MATRIX_SIZE = 8192, 2048  # few cores are full with less, and XLA's bfloat16 takes a minute for 8192
+_MATRIX_SIZE, _CPU_MATRIX_SIZE = 8192, 2048  # few cores are full with less: 8192 took two of them ten minutes
 _PROMPT, _REQUEST_PROMPT = 2048, 256  # tokens, where nothing is said: of a prompt alone, and of a request's
 
 
